@@ -1,0 +1,113 @@
+"""Experiments: the unit that a page, the command line, the cluster, the cache and the export all speak.
+
+One module a lab. It defines
+
+* ``Params(ExperimentParams)``: every knob with its bounds, default and help text,
+* ``Result``: a frozen dataclass of plain numbers, strings and NumPy arrays,
+* ``run(params, job) -> Result``.
+
+Modules here import neither torch nor transformers at the top: the web process loads them. `run` imports what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import InputError
+
+Lane = Literal["short", "long"]
+
+
+class ExperimentParams(BaseModel):
+    """The knobs of an experiment: one place for bounds, defaults, help texts and error messages.
+
+    Class attributes say how a run is treated:
+        lane: ``"short"`` for what a slider waits for, ``"long"`` for training, sweeps and benchmarks.
+        time_limit: seconds after which a run is stopped.
+        cacheable: whether equal parameters give an equal result (False for anything that is timed).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    lane: ClassVar[Lane] = "short"
+    time_limit: ClassVar[float] = 30.0
+    cacheable: ClassVar[bool] = True
+
+    def memory_bytes(self) -> int:
+        """Peak memory that a run takes on its device, in bytes, estimated before the start."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment by name, with its three parts."""
+
+    name: str
+    summary: str
+    Params: type[ExperimentParams]
+    run: Callable[[Any, Any], Any]
+
+
+def names() -> list[str]:
+    """Names of all experiments, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def get(name: str) -> Experiment:
+    """The experiment called `name`.
+
+    Raises:
+        InputError: there is none of that name; the message lists those there are.
+    """
+    if name not in names():
+        raise InputError(f"There is no experiment {name!r}; there are: {', '.join(names())}.")
+    module: ModuleType = importlib.import_module(f"{__name__}.{name}")
+    return Experiment(name, (module.__doc__ or "").strip().splitlines()[0], module.Params, module.run)
+
+
+def sentence(error: ValidationError) -> str:
+    """A pydantic error as one plain sentence per wrong field: the field, the value given and what is allowed."""
+    parts = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "parameters"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            parts.append(message)
+        else:
+            parts.append(f"{field} is {problem['input']!r}: {message[:1].lower()}{message[1:]}.")
+    return " ".join(parts)
+
+
+def parse(name: str, values: dict[str, Any]) -> ExperimentParams:
+    """Parameters of the experiment `name` from plain values (strings are fine: a URL, a command line).
+
+    Raises:
+        InputError: a value is out of bounds, of the wrong kind, or unknown.
+    """
+    try:
+        return get(name).Params(**values)
+    except ValidationError as error:
+        raise InputError(sentence(error)) from error
+
+
+def to_plain(value: Any) -> Any:
+    """`value` as something `json.dumps` takes: dataclasses become dicts, arrays nested lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return value

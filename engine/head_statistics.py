@@ -1,0 +1,119 @@
+"""What does a head do? Numbers computed from its attention weights.
+
+All statistics take weights (..., T, S) whose rows sum to 1, row q the distribution of query q over the keys, and
+return one number a head, (...). Legend: T queries, S keys, P period of a repeated sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROLE_THRESHOLD = 0.5
+"""A head is named after what it does with more than half of its mass."""
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """How spread the attention is: the mean over queries of −Σ_k w_k ln w_k, in nats.
+
+    0 when every query looks at one key; e^entropy is the effective number of keys looked at.
+
+    Source: Clark et al. 2019, "What does BERT look at?", section 3.3.
+    """
+    return torch.special.entr(weights).sum(-1).mean(-1)
+
+
+def mean_distance(weights: Tensor) -> Tensor:
+    """How far the attention reaches: the mean over queries of Σ_k w_k |q − k|, in tokens.
+
+    Source: Vig and Belinkov 2019, "Analyzing the structure of attention in a transformer language model".
+    """
+    query = torch.arange(weights.shape[-2], device=weights.device)[:, None]
+    key = torch.arange(weights.shape[-1], device=weights.device)[None, :]
+    return (weights * (query - key).abs()).sum(-1).mean(-1)
+
+
+def first_token_mass(weights: Tensor) -> Tensor:
+    """Attention sink: the mean over queries q ≥ 1 of w[q, 0], from 0 to 1 (query 0 has no choice and is left out).
+
+    Source: Xiao et al. 2023, "Efficient streaming language models with attention sinks".
+    """
+    return _mean_or_zero(weights[..., 1:, 0])
+
+
+def previous_token_score(weights: Tensor) -> Tensor:
+    """The mean over queries q ≥ 1 of w[q, q − 1], from 0 to 1.
+
+    Source: Elhage et al. 2021, "A mathematical framework for transformer circuits".
+    """
+    return _mean_or_zero(weights.diagonal(offset=-1, dim1=-2, dim2=-1))
+
+
+def induction_score(weights: Tensor, period: int) -> Tensor:
+    """On a sequence that repeats after P tokens: the mean over queries q ≥ P of w[q, q − P + 1], from 0 to 1.
+
+    In the second round a token has been seen before; an induction head looks at what came after it then.
+
+    Args:
+        weights: (..., T, T) on a sequence whose token q equals token q − P for every q ≥ P.
+        period: P.
+
+    Raises:
+        ValueError: the sequence is not longer than one period.
+
+    Source: Olsson et al. 2022, "In-context learning and induction heads".
+    """
+    length = weights.shape[-2]
+    if not 0 < period < length:
+        raise ValueError(f"period ({period}) must be between 1 and the sequence's length ({length}) − 1")
+    query = torch.arange(period, length, device=weights.device)
+    return weights[..., query, query - period + 1].mean(-1)
+
+
+def repeated_random_tokens(vocab_size: int, period: int, batch: int, seed: int) -> Tensor:
+    """Random tokens, said twice: the probe of `induction_score`.
+
+    Nothing in them can be predicted from language, only from the repetition. No token occurs twice within a period, so
+    there is exactly one earlier occurrence to look up.
+
+    Args:
+        vocab_size: ids are drawn from 0 … vocab_size − 1.
+        period: P, tokens before the repetition.
+        batch: number of sequences.
+        seed: of the generator; equal seeds give equal tokens.
+
+    Returns:
+        int64 (batch, 2·P).
+
+    Raises:
+        ValueError: the vocabulary is smaller than the period.
+    """
+    if vocab_size < period:
+        raise ValueError(f"a vocabulary of {vocab_size} tokens cannot fill a period of {period} without repeating")
+    generator = torch.Generator().manual_seed(seed)
+    once = torch.stack([torch.randperm(vocab_size, generator=generator)[:period] for _ in range(batch)])
+    return torch.cat([once, once], dim=1)
+
+
+def head_roles(weights: Tensor, period: int) -> list[list[str]]:
+    """A name for every head of a model, from what it does with most of its mass on the repeated probe.
+
+    Args:
+        weights: (L, H, T, T) on a sequence of `repeated_random_tokens`, averaged over its batch.
+        period: P of that sequence.
+
+    Returns:
+        [layer][head]: "induction", "previous token", "sink", or "" where none exceeds `ROLE_THRESHOLD`.
+    """
+    scores = torch.stack([induction_score(weights, period), previous_token_score(weights), first_token_mass(weights)])
+    best, which = scores.max(dim=0)  # (L, H)
+    names = ("induction", "previous token", "sink")
+    return [
+        [names[name] if score > ROLE_THRESHOLD else "" for score, name in zip(*row, strict=True)]
+        for row in zip(best.tolist(), which.tolist(), strict=True)
+    ]
+
+
+def _mean_or_zero(values: Tensor) -> Tensor:
+    """Mean over the last dimension; 0 for a text of one token, which has no such entry."""
+    return values.mean(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
