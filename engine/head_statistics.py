@@ -98,6 +98,9 @@ def repeated_random_tokens(vocab_size: int, period: int, batch: int, seed: int) 
 def head_roles(weights: Tensor, period: int) -> list[list[str]]:
     """A name for every head of a model, from what it does with most of its mass on the repeated probe.
 
+    The more specific name wins: an induction head has nothing to look up in the first round, and rests on the first
+    token there.
+
     Args:
         weights: (L, H, T, T) on a sequence of `repeated_random_tokens`, averaged over its batch.
         period: P of that sequence.
@@ -105,12 +108,18 @@ def head_roles(weights: Tensor, period: int) -> list[list[str]]:
     Returns:
         [layer][head]: "induction", "previous token", "sink", or "" where none exceeds `ROLE_THRESHOLD`.
     """
-    scores = torch.stack([induction_score(weights, period), previous_token_score(weights), first_token_mass(weights)])
-    best, which = scores.max(dim=0)  # (L, H)
-    names = ("induction", "previous token", "sink")
+    scores = {
+        "induction": induction_score(weights, period),
+        "previous token": previous_token_score(weights),
+        "sink": first_token_mass(weights),
+    }
+    layers, heads = weights.shape[:2]
     return [
-        [names[name] if score > ROLE_THRESHOLD else "" for score, name in zip(*row, strict=True)]
-        for row in zip(best.tolist(), which.tolist(), strict=True)
+        [
+            next((name for name, score in scores.items() if score[layer, head] > ROLE_THRESHOLD), "")
+            for head in range(heads)
+        ]
+        for layer in range(layers)
     ]
 
 

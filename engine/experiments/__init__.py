@@ -7,13 +7,18 @@ One module a lab. It defines
 * ``run(params, job) -> Result``.
 
 Modules here import neither torch nor transformers at the top: the web process loads them. `run` imports what it needs.
+
+Labs of one's own need not lie in this package: ``WORKBENCH_EXPERIMENTS`` names folders (separated as in ``PATH``) whose
+modules are experiments as well. The web process and the workers must see the same folders.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import pkgutil
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -24,6 +29,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import InputError
 
 Lane = Literal["short", "long"]
+
+__path__.extend(filter(None, os.environ.get("WORKBENCH_EXPERIMENTS", "").split(os.pathsep)))
 
 
 class ExperimentParams(BaseModel):
@@ -70,7 +77,8 @@ def get(name: str) -> Experiment:
     if name not in names():
         raise InputError(f"There is no experiment {name!r}; there are: {', '.join(names())}.")
     module: ModuleType = importlib.import_module(f"{__name__}.{name}")
-    return Experiment(name, (module.__doc__ or "").strip().splitlines()[0], module.Params, module.run)
+    summary = next(iter((module.__doc__ or "").strip().splitlines()), "")
+    return Experiment(name, summary, module.Params, module.run)
 
 
 def sentence(error: ValidationError) -> str:
@@ -89,13 +97,23 @@ def sentence(error: ValidationError) -> str:
 def parse(name: str, values: dict[str, Any]) -> ExperimentParams:
     """Parameters of the experiment `name` from plain values (strings are fine: a URL, a command line).
 
+    A string for a list or tuple is split at its commas.
+
     Raises:
         InputError: a value is out of bounds, of the wrong kind, or unknown.
     """
+    model = get(name).Params
     try:
-        return get(name).Params(**values)
+        return model(**{field: _split(model, field, value) for field, value in values.items()})
     except ValidationError as error:
         raise InputError(sentence(error)) from error
+
+
+def _split(model: type[ExperimentParams], field: str, value: Any) -> Any:
+    known = model.model_fields.get(field)
+    if known is None or not isinstance(value, str) or typing.get_origin(known.annotation) not in (list, tuple):
+        return value
+    return [item.strip() for item in value.split(",") if item.strip()]
 
 
 def to_plain(value: Any) -> Any:

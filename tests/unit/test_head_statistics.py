@@ -95,5 +95,11 @@ def test_probe_repeats_exactly_and_never_repeats_inside(seed):
 def test_roles_name_what_a_head_does():
     period = T // 2
     maps = torch.stack([attending(1), attending(period - 1), attending(T), uniform_causal()])[None]
-    roles = head_roles(maps, period)
-    assert roles == [["previous token", "induction", "sink", ""]]
+    assert head_roles(maps, period) == [["previous token", "induction", "sink", ""]]
+
+
+def test_an_induction_head_that_rests_while_there_is_nothing_to_look_up_is_no_sink():
+    period = T // 2
+    resting = attending(period - 1) * 0.6 + attending(T) * 0.4
+    assert first_token_mass(resting) > 0.5
+    assert head_roles(resting[None, None], period) == [["induction"]]

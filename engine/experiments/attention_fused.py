@@ -1,0 +1,78 @@
+"""The same pass through a fused kernel, which never holds the weights: how far apart, and how fast.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from engine.experiments import _attention
+
+if TYPE_CHECKING:
+    from engine.runtime.jobs import Job
+
+
+class Params(_attention.TextParams):
+    """A model and a text."""
+
+    lane: ClassVar = "long"
+    cacheable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both ways through the model.
+
+    Args:
+        difference: largest absolute difference between both outputs: logits over all positions, or hidden states for a
+            model without a vocabulary head.
+        spread: standard deviation of the same numbers, as a measure of what is large.
+        what: "logits" or "hidden states".
+        eager: evidence of the pass that keeps every map, as in `engine.measure.Evidence`.
+        fused: evidence of the fused pass.
+        sentence: both in words.
+    """
+
+    difference: float
+    spread: float
+    what: str
+    eager: dict[str, Any]
+    fused: dict[str, Any]
+    sentence: str
+
+
+def run(params: Params, job: Job) -> Result:
+    """Compare `engine.tracing.trace` with `torch.nn.functional.scaled_dot_product_attention` inside the same model."""
+    from engine import tracing
+    from engine.measure import measure_time
+
+    model, ids = _attention.read(params, job)
+    ids = list(ids)
+    job.report(0, 3)
+    seen = tracing.trace(model, ids)
+    difference = tracing.fused_difference(model, seen)
+    what, values, apart = (
+        ("hidden states", seen.hidden, difference.hidden)
+        if seen.logits is None
+        else ("logits", seen.logits, difference.logits)
+    )
+    shape = f"one pass of {model.name} over {len(ids)} tokens, logits of every position"
+    job.report(1, 3)
+    eager = measure_time(lambda: tracing.trace(model, ids), job.device, dtype=model.dtype, shape=shape, runs=7)
+    job.report(2, 3)
+    fused = measure_time(lambda: tracing.fused_pass(model, ids), job.device, dtype=model.dtype, shape=shape, runs=7)
+    job.report(3, 3)
+    spread = values.float().std().item()
+    return Result(
+        difference=apart,
+        spread=spread,
+        what=what,
+        eager=asdict(eager),
+        fused=asdict(fused),
+        sentence=(
+            f"Fused kernels never hold these weights, so the maps are recomputed here. Both ways agree: the {what} "
+            f"differ by at most {apart:.1g}, where they vary by {spread:.2g}."
+        ),
+    )

@@ -1,0 +1,159 @@
+"""The only place that times or weighs anything.
+
+A figure is worth as much as what is known about how it was taken, so every measurement comes with its `Evidence`:
+device, dtype, versions, warm-up, number of runs, median and spread. While it is taken nobody else may use the device.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How long something took, and how that is known.
+
+    Args:
+        median_ms: median of the timed runs, in milliseconds.
+        low_ms: their 10th percentile.
+        high_ms: their 90th percentile.
+        runs: how many were timed.
+        warmup: what came before and was not, in words.
+        device: its name.
+        dtype: of the numbers, e.g. ``"float32"``.
+        shape: what was computed, in words.
+        versions: of what took part, by name.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+    warmup: str
+    device: str
+    dtype: str
+    shape: str
+    versions: dict[str, str]
+
+
+def measure_time(
+    function: Callable[[], object], device: str, *, dtype: torch.dtype, shape: str, runs: int = 10
+) -> Evidence:
+    """Time `function` on `device`, alone, after a warm-up.
+
+    The CPU is timed by `torch.utils.benchmark` with all of torch's threads, for `runs` runs after two that do not
+    count. CUDA is timed by events in `triton.testing.do_bench`, which empties the L2 cache between runs, for 25 ms that
+    do not count and 10 ms times `runs` that do.
+
+    Args:
+        function: what to time; it must leave its work on `device`.
+        device: torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        dtype: of the numbers, for the record.
+        shape: what is computed, for the record.
+        runs: how many runs are timed on the CPU, at least 3.
+
+    Returns:
+        `Evidence` with the median and the 10th and 90th percentile of the runs.
+
+    Raises:
+        ValueError: fewer than 3 runs, of which no spread can be given.
+    """
+    if runs < 3:
+        raise ValueError(f"runs ({runs}) must be at least 3: fewer have no spread")
+    with exclusive(device):
+        if torch.device(device).type == "cuda":
+            times, warmup = _times_cuda(function, device, runs), "25 ms"
+        else:
+            times, warmup = _times_cpu(function, runs), "2 runs"
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Evidence(
+        median_ms=statistics.median(times),
+        low_ms=deciles[0],
+        high_ms=deciles[-1],
+        runs=len(times),
+        warmup=warmup,
+        device=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        shape=shape,
+        versions=versions(),
+    )
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Bytes that `function` allocates at its peak, beyond what was there: CUDA's allocator, the CPU's profiler.
+
+    Args:
+        function: what to weigh.
+        device: torch device.
+    """
+    with exclusive(device):
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            function()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+    return _peak_of(profile)
+
+
+def _peak_of(profile: torch.profiler.profile) -> int:
+    """The highest running sum of the profiler's allocations and releases, in bytes."""
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    running = peak = 0
+    for _, nbytes in changes:
+        running += nbytes
+        peak = max(peak, running)
+    return peak
+
+
+@contextmanager
+def exclusive(device: str) -> Iterator[None]:
+    """Hold the device: measurements on one host wait for each other."""
+    name = str(torch.device(device)).replace(":", "-")
+    with FileLock(Path(tempfile.gettempdir()) / f"transformer-workbench-{name}.lock"):
+        yield
+
+
+def device_name(device: str) -> str:
+    """What the device is called: the GPU's name, or the processor with its number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what every measurement depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _times_cuda(function: Callable[[], object], device: str, runs: int) -> list[float]:
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        times = do_bench(function, warmup=25, rep=10 * runs, return_mode="all")
+        while len(times) < 3:  # one call outlasts the whole budget
+            times += do_bench(function, warmup=0, rep=1, return_mode="all")
+    return times
+
+
+def _times_cpu(function: Callable[[], object], runs: int) -> list[float]:
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    timer.timeit(2)
+    return [timer.timeit(1).median * 1000 for _ in range(runs)]

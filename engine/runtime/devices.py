@@ -1,0 +1,167 @@
+"""The devices that experiments compute on: which there are, what they are, how much memory they have left."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import DoesNotFitError
+
+GB = 1e9
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "triton", "numpy", "distributed")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What an experiment runs on: the evidence beside every measured figure.
+
+    Args:
+        name: as its maker calls it, e.g. ``"NVIDIA H200"``.
+        kind: ``"cpu"`` or ``"cuda"``.
+        device: the torch device, e.g. ``"cuda:0"``.
+        total_bytes: memory of the device that jobs may use.
+        free_bytes: what of it was free when this was asked.
+        cores: processor cores that the host gives to us.
+        hostname: the host's name.
+        python: version of Python.
+        libraries: versions of the libraries that are installed, by name.
+    """
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    device: str
+    total_bytes: int
+    free_bytes: int
+    cores: int
+    hostname: str
+    python: str
+    libraries: Mapping[str, str]
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs we may use, each fit for ``CUDA_VISIBLE_DEVICES``; asks the driver's own tool, not torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() and not gpu.strip().startswith("-")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed_gpus(answer.stdout)
+
+
+def listed_gpus(listing: str) -> list[str]:
+    """UUIDs in a listing of ``nvidia-smi -L``; of a GPU that is split (MIG), its parts instead of the whole."""
+    gpus: list[str] = []
+    for uuid in re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", listing):
+        if uuid.startswith("MIG-") and gpus and gpus[-1].startswith("GPU-"):
+            gpus.pop()
+        gpus.append(uuid)
+    return gpus
+
+
+@functools.cache
+def torch_device() -> str:
+    """The torch device of this process: its first GPU, or the CPU."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def memory(device: str, limit: int | None = None) -> tuple[int, int]:
+    """Free and total memory of a torch device, in bytes, as seen by this process.
+
+    Args:
+        device: ``"cpu"``, ``"cuda:0"``, …
+        limit: bytes that this process may have on the host, if it may not have all of it.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached, total
+    import psutil
+
+    host = psutil.virtual_memory()
+    if limit is None:
+        return host.available, host.total
+    return max(0, min(host.available, limit - psutil.Process().memory_info().rss)), min(host.total, limit)
+
+
+def check_fits(needed: int, device: str, limit: int | None = None) -> None:
+    """Refuse a run whose estimated peak is more than what is free now.
+
+    Args:
+        needed: estimated peak in bytes; 0 stands for "not worth a look".
+        device: the torch device.
+        limit: as in `memory`.
+
+    Raises:
+        DoesNotFitError: it does not fit; the message gives both figures.
+    """
+    if needed <= 0:
+        return
+    free, _ = memory(device, limit)
+    if needed > free:
+        raise DoesNotFitError(
+            f"This run needs about {needed / GB:.1f} GB, and {_spoken(device)} has {free / GB:.1f} GB free: "
+            "choose smaller settings."
+        )
+
+
+def describe(limit: int | None = None) -> DeviceInfo:
+    """This process's device, in full; `limit` as in `memory`."""
+    from dask.system import CPU_COUNT
+
+    device = torch_device()
+    free, total = memory(device, limit)
+    return DeviceInfo(
+        name=_name(device),
+        kind="cuda" if device.startswith("cuda") else "cpu",
+        device=device,
+        total_bytes=total,
+        free_bytes=free,
+        cores=CPU_COUNT,
+        hostname=socket.gethostname(),
+        python=platform.python_version(),
+        libraries={name: version for name in LIBRARIES if (version := _version(name)) is not None},
+    )
+
+
+def _spoken(device: str) -> str:
+    return "the GPU" if device.startswith("cuda") else "this computer"
+
+
+def _name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        model = re.search(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE)
+        if model is not None:
+            return model.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,169 @@
+"""Hands work to the Dask cluster, one coroutine a run, and watches over it: start, progress, stop, a worker's death."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from distributed import Client, Future, KilledWorker
+from distributed.client import FutureCancelledError
+
+from engine.errors import JobFailedError
+from engine.runtime import tasks
+from engine.runtime.jobs import Progress
+from engine.runtime.tasks import Outcome
+from engine.runtime.tickets import Work
+
+ATTEMPTS = 3  # to hand over work whose worker dies before it begins
+NEWS_DELAY = 1.0  # seconds that the nanny's news of what it did may take longer than the news of the worker's death
+MEMORY_TOPIC = "worker-restart-memory"  # Dask's own: a nanny ended a worker that took too much memory
+
+KILLED = "The worker died while the job ran, perhaps for lack of memory: it is being replaced, and you can try again."
+NEVER_BEGAN = "The workers die before they can begin the job: the server's log says more."
+LOST = "The connection to the workers was lost: try again in a moment."
+
+logger = logging.getLogger(__name__)
+
+
+class _Run:
+    """One attempt to run some work on the cluster."""
+
+    def __init__(self, work: Work) -> None:
+        self.id = f"{work.name}-{uuid.uuid4().hex}"  # also the Dask key, whose first part names the task
+        self.work = work
+        self.worker: str | None = None  # its address, once the job has begun
+        self.timer: asyncio.TimerHandle | None = None
+        self.out_of_memory = asyncio.Event()  # its worker took too much, and was ended by its nanny
+
+
+class Dispatcher:
+    """Runs work on a cluster. Everything here happens in the event loop of its client.
+
+    Args:
+        client: an asynchronous client.
+        stop_grace: seconds that a job may take to stop by itself before its worker is killed.
+        on_begin: called when some work has begun on a worker.
+        on_time_limit: called when some work has run for longer than it may.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        stop_grace: float,
+        on_begin: Callable[[Work], None],
+        on_time_limit: Callable[[Work], None],
+    ) -> None:
+        self._client = client
+        self._stop_grace = stop_grace
+        self._on_begin = on_begin
+        self._on_time_limit = on_time_limit
+        self._runs: dict[str, _Run] = {}
+        self._requests: set[asyncio.Task[None]] = set()
+        self._topic = f"workbench-{uuid.uuid4().hex}"
+
+    async def execute(self, work: Work) -> Outcome:
+        """Run `work` to its end, whatever the end is."""
+        if self._client.status != "running":
+            return Outcome(error=JobFailedError(LOST))
+        # Each time, as Dask forgets subscriptions when it has to reconnect to the scheduler.
+        self._client.subscribe_topic(self._topic, self._on_message)
+        self._client.subscribe_topic(MEMORY_TOPIC, self._on_memory_event)
+        for _ in range(ATTEMPTS):
+            outcome = await self._attempt(work)
+            if outcome is not None:
+                return outcome
+        return Outcome(error=JobFailedError(NEVER_BEGAN))
+
+    async def _attempt(self, work: Work) -> Outcome | None:
+        """One attempt; None if the worker died before it began."""
+        run = _Run(work)
+        self._runs[run.id] = run
+        future = self._client.submit(
+            tasks.perform,
+            run.id,
+            self._topic,
+            work.name,
+            work.params.model_dump(),
+            key=run.id,
+            resources={work.params.lane: 1},
+            pure=False,
+        )
+        answer = asyncio.create_task(self._answer(run, future))
+        stopping = asyncio.create_task(work.stopping.wait())
+        try:
+            await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if work.stop_reason is not None:
+                await self._halt(run, future, answer)
+                return Outcome(error=work.stop_reason)
+            outcome = answer.result()
+            if outcome is not None and not outcome.healthy:
+                await self._kill(run.worker)
+            return outcome
+        finally:
+            stopping.cancel()
+            if run.timer is not None:
+                run.timer.cancel()
+            del self._runs[run.id]
+            future.release()  # at once: Dask would compute a result that it lost with its worker again
+
+    async def _answer(self, run: _Run, future: Future) -> Outcome | None:
+        try:
+            return await future
+        except KilledWorker:
+            if run.worker is None:
+                return None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(run.out_of_memory.wait(), NEWS_DELAY)
+            return Outcome(error=JobFailedError(tasks.OUT_OF_MEMORY if run.out_of_memory.is_set() else KILLED))
+        except FutureCancelledError:
+            return Outcome(error=JobFailedError(LOST))
+
+    async def _halt(self, run: _Run, future: Future, answer: asyncio.Task[Outcome | None]) -> None:
+        """Ask the job to stop; if it does not within the grace, kill its worker."""
+        if run.worker is not None:
+            self._request(tasks.stop, run.id, worker=run.worker)
+            await asyncio.wait({answer}, timeout=self._stop_grace)
+        if not answer.done():
+            await self._client.cancel([future], force=True)
+            await self._kill(run.worker)
+            await answer
+
+    async def _kill(self, worker: str | None) -> None:
+        if worker is not None:
+            with suppress(Exception):  # it may be gone already, which is what we want
+                await self._client.run(tasks.kill, workers=[worker], nanny=True)
+
+    def _request(self, function: Callable[..., None], *arguments: Any, worker: str) -> None:
+        """Have `worker` call `function` in its event loop, without waiting: the loop may be held up by the very job."""
+
+        async def request() -> None:
+            with suppress(Exception):
+                await self._client.run(function, *arguments, workers=[worker])
+
+        task = asyncio.create_task(request())
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    def _on_message(self, event: tuple[float, dict[str, Any]]) -> None:
+        _, message = event
+        run = self._runs.get(message["run"])
+        if "begun" not in message:
+            if run is not None:
+                run.work.progress = Progress(message["step"], message["total"], message["numbers"])
+        elif run is None:  # given up while it was on its way
+            self._request(tasks.stop, message["run"], worker=message["worker"])
+        else:
+            run.worker = message["worker"]
+            if run.timer is None:  # a cluster with other settings than ours may repeat a job whose worker died
+                limit = run.work.params.time_limit
+                run.timer = asyncio.get_running_loop().call_later(limit, self._on_time_limit, run.work)
+                self._on_begin(run.work)
+
+    def _on_memory_event(self, event: tuple[float, dict[str, Any]]) -> None:
+        for run in self._runs.values():
+            if run.worker == event[1]["worker"]:
+                run.out_of_memory.set()

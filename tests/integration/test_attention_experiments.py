@@ -1,0 +1,234 @@
+"""The attention lab's experiments on SmolLM2: what the page says must be what the model does."""
+
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from engine import pretrained
+from engine.errors import InputError
+from engine.experiments import (
+    _attention,
+    attention,
+    attention_effect,
+    attention_fused,
+    attention_head,
+    attention_tests,
+    parse,
+)
+from engine.experiments._attention import MAX_TOKENS
+from engine.runtime.jobs import LocalJob
+
+MARY = "When Mary and John went to the store, John gave a drink to"
+
+
+@pytest.fixture(scope="module")
+def overview():
+    return attention.run(attention.Params(text=MARY), LocalJob())
+
+
+def head(**values):
+    return attention_head.run(attention_head.Params(text=MARY, **values), LocalJob())
+
+
+def effect(**values):
+    return attention_effect.run(attention_effect.Params(text=MARY, **values), LocalJob())
+
+
+class TestOverview:
+    def test_every_head_of_every_layer(self, overview):
+        assert overview.attention.shape == (30, 9, 14, 14)
+        np.testing.assert_allclose(overview.attention.astype(np.float32).sum(-1), 1, atol=5e-3)
+        assert not np.triu(overview.attention, 1).any()
+        assert overview.tokens[:2] == ["When", "␣Mary"]
+
+    def test_the_known_heads_have_their_names(self, overview):
+        """16.0 attends to the previous token and 18.6 is the strongest induction head; the probe shows both clearly."""
+        assert overview.roles[16][0] == overview.roles[11][1] == "previous token"
+        assert overview.roles[18][6] == "induction"
+        assert overview.on_probe["induction"][18, 6] > 0.8
+        assert overview.on_probe["previous token"][16, 0] > 0.8
+        assert "18.6" in overview.sentence
+
+    def test_untrained_attention_has_no_such_heads(self):
+        found = attention.run(attention.Params(text=MARY, weights="untrained"), LocalJob())
+        assert found.attention.shape == (1, 9, 14, 14)
+        assert found.on_probe["induction"].max() < 0.3
+        assert found.on_probe["previous token"].max() < 0.3
+
+    def test_the_fused_difference_is_said_and_small(self, overview):
+        assert "differ by at most" in overview.fused_sentence
+
+
+class TestHead:
+    def test_without_a_change_it_is_the_map_of_the_overview(self, overview):
+        found = head(layer=16, head=0)
+        np.testing.assert_allclose(found.weights, overview.attention[16, 0], atol=1e-3)
+        np.testing.assert_array_equal(found.weights, found.untouched)
+        assert not found.difference.any()
+        np.testing.assert_allclose(found.layer_mean, overview.attention[16].astype(np.float32).mean(0), atol=1e-3)
+        assert found.sentence.startswith("Head 16.0 puts 80% of its mass on the previous token.")
+
+    def test_the_stages_follow_from_each_other(self):
+        found = head(layer=3, head=4, temperature=2.0)
+        np.testing.assert_allclose(found.scores, found.query @ found.key.T, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.scaled, found.scores * found.scale / 2, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.output, found.weights @ found.value, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("layer", [0, 16, 29])
+    def test_a_change_to_one_head_is_what_the_changed_model_computes(self, layer):
+        """The short cut (stages from untouched queries and keys) against a full pass with the intervention in it."""
+        from engine.pretrained import load
+        from engine.tracing import Intervention, trace
+
+        model = load()
+        change = Intervention(temperature=0.5, layer=layer, head=2)
+        full = trace(model, model.encode(MARY), change).attention[layer, 2]
+        np.testing.assert_allclose(head(layer=layer, head=2, temperature=0.5).weights, full, atol=1e-6)
+
+    def test_a_change_everywhere_reaches_what_the_head_reads(self):
+        here = head(layer=16, head=0, mask="sliding window", window=2)
+        everywhere = head(layer=16, head=0, mask="sliding window", window=2, reach="every head")
+        assert not np.allclose(here.query, everywhere.query)
+        assert (np.tril(everywhere.weights, -2) == 0).all()
+
+    @pytest.mark.parametrize("drop", [0, 5, 13])
+    def test_a_dropped_token_is_gone_and_the_rest_is_compared(self, drop):
+        found = head(layer=16, head=0, drop=drop)
+        assert len(found.tokens) == 13
+        assert len(found.untouched_tokens) == 14
+        assert np.isnan(found.difference[drop]).all()
+        assert np.isnan(found.difference[:, drop]).all()
+        kept = np.delete(np.arange(14), drop)
+        np.testing.assert_allclose(
+            found.difference[np.ix_(kept, kept)] + found.untouched[np.ix_(kept, kept)], found.weights, atol=1e-6
+        )
+
+    def test_masks_that_cover_everything_say_so(self):
+        assert "14 tokens" in head(mask="sliding window", window=40).note
+        assert head(mask="sliding window", window=3).note == ""
+        assert "14 tokens" in head(mask="prefix LM", prefix=14).note
+
+    def test_a_prefix_sees_itself_in_both_directions(self):
+        found = head(mask="prefix LM", prefix=4)
+        assert (found.weights[:4, :4] > 0).all()
+        assert (np.triu(found.weights, 1)[:, 4:] == 0).all()
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"layer": 30}, "no layer 30"),
+            ({"head": 9}, "no head 9"),
+            ({"drop": 14}, "no token 14"),
+            ({"weights": "untrained", "layer": 1}, "no layer 1"),
+        ],
+    )
+    def test_what_does_not_exist_is_named(self, values, words):
+        with pytest.raises(InputError, match=words):
+            head(**{"layer": 0, **values})
+
+
+class TestEffect:
+    def test_mary_is_first_and_nothing_has_changed(self):
+        found = effect()
+        assert found.candidates[0].token == "␣Mary"
+        assert found.candidates[0].before == pytest.approx(found.candidates[0].after)
+        assert found.divergence == 0
+        assert "␣Mary" in found.sentence
+
+    def test_candidates_are_in_order_and_are_probabilities(self):
+        after = [candidate.after for candidate in effect(temperature=3.0, reach="every head").candidates]
+        assert after == sorted(after, reverse=True)
+        assert 0 < sum(after) <= 1
+
+    def test_without_mary_she_is_not_expected(self):
+        found = effect(drop=1)
+        assert found.candidates[0].token != "␣Mary"
+        assert found.divergence > 1
+
+    def test_a_change_everywhere_matters_more_than_a_change_to_one_head(self):
+        one = effect(layer=0, head=0, temperature=3.0)
+        every = effect(layer=0, head=0, temperature=3.0, reach="every head")
+        assert 0 < one.divergence < every.divergence
+
+    def test_an_untrained_layer_predicts_nothing_and_says_so(self):
+        found = effect(weights="untrained", layer=0)
+        assert found.candidates == []
+        assert "no next token" in found.sentence
+
+
+def test_fused_and_eager_agree_and_are_timed():
+    found = attention_fused.run(attention_fused.Params(text=MARY), LocalJob())
+    assert 0 < found.difference < 1e-3 < found.spread
+    assert found.eager["runs"] >= 3
+    assert found.eager["median_ms"] > 0 < found.fused["median_ms"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"temperature": 0.3, "layer": 5, "head": 5},
+        {"mask": "sliding window", "window": 2, "layer": 18, "head": 6},
+        {"mask": "prefix LM", "drop": 3},
+        {"mask": "bidirectional", "reach": "every head", "layer": 29},
+        {"weights": "untrained", "layer": 0},
+    ],
+)
+def test_every_property_holds_on_every_kind_of_setting(values):
+    found = attention_tests.run(attention_tests.Params(text=MARY, **values), LocalJob())
+    assert [check.name for check in found.checks if not check.passed] == []
+    assert len(found.checks) == (5 if values.get("weights") else 6)
+
+
+def test_a_wrong_implementation_would_fail_its_tests(monkeypatch):
+    """The Tests tab is worth something only if it can turn red: scale by 1/d instead of 1/√d."""
+    from engine import attention as engine_attention
+
+    right = engine_attention._gain
+    monkeypatch.setattr(engine_attention, "_gain", lambda *args: right(*args) / 8)
+    found = attention_tests.run(attention_tests.Params(text=MARY, layer=1), LocalJob())
+    assert not all(check.passed for check in found.checks)
+
+
+class TestText:
+    @pytest.mark.parametrize(("text", "words"), [("", "empty"), ("  \n ", "only spaces")])
+    def test_nothing_to_read(self, text, words):
+        with pytest.raises(InputError, match=words):
+            parse("attention", {"text": text})
+
+    def test_too_long_says_how_long_and_cutting_helps(self):
+        text = "word " * 200
+        with pytest.raises(InputError, match=rf"has 2\d\d tokens.*{MAX_TOKENS}"):
+            attention.run(attention.Params(text=text), LocalJob())
+        assert len(attention.run(attention.Params(text=text, cut=True), LocalJob()).tokens) == MAX_TOKENS
+
+    @pytest.mark.parametrize("text", ["😀", "a", "日本語", "𝔘𝔫𝔦"])
+    def test_odd_texts_have_readable_tokens(self, text):
+        found = attention.run(attention.Params(text=text), LocalJob())
+        assert all(label.isprintable() and label for label in found.tokens)
+        for run, params in (
+            (attention_head.run, attention_head.Params(text=text)),
+            (attention_effect.run, attention_effect.Params(text=text)),
+        ):
+            assert run(params, LocalJob()).sentence
+
+
+def test_an_encoder_sees_both_ways_and_predicts_nothing():
+    found = attention.run(attention.Params(text=MARY, model="all-minilm-l6-v2"), LocalJob())
+    assert found.kind == "encoder"
+    assert np.triu(found.attention.astype(np.float32), 1).any()
+    result = attention_effect.run(attention_effect.Params(text=MARY, model="all-minilm-l6-v2", layer=0), LocalJob())
+    assert "encoder" in result.sentence
+
+
+def test_what_is_kept_of_a_model_does_not_keep_the_model():
+    original = pretrained.load("all-minilm-l6-v2")
+    copy = dataclasses.replace(original)
+    _attention.trace(copy, "trained", tuple(copy.encode("one two")))
+    watch = weakref.ref(copy)
+    del copy
+    gc.collect()
+    assert watch() is None

@@ -1,0 +1,75 @@
+"""Measurements of things whose time and size are known."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from engine.measure import exclusive, measure_time, peak_memory
+
+
+def test_a_sleep_takes_its_time():
+    evidence = measure_time(lambda: time.sleep(0.02), "cpu", dtype=torch.float32, shape="a sleep of 20 ms", runs=5)
+    assert 19 < evidence.median_ms < 60
+    assert evidence.low_ms <= evidence.median_ms <= evidence.high_ms
+    assert (evidence.runs, evidence.dtype) == (5, "float32")
+    assert evidence.versions["torch"] == torch.__version__
+
+
+def test_what_happens_only_the_first_time_is_not_timed():
+    calls = []
+
+    def slow_at_first():
+        calls.append(1)
+        time.sleep(0.1 if len(calls) == 1 else 0)
+
+    evidence = measure_time(slow_at_first, "cpu", dtype=torch.float32, shape="-", runs=3)
+    assert len(calls) > evidence.runs == 3
+    assert evidence.high_ms < 50
+
+
+def test_too_few_runs_have_no_spread():
+    with pytest.raises(ValueError, match="2"):
+        measure_time(lambda: None, "cpu", dtype=torch.float32, shape="-", runs=2)
+
+
+@pytest.mark.parametrize("megabytes", [4, 32])
+def test_peak_memory_counts_what_is_alive_at_once(megabytes):
+    count = megabytes * 2**20 // 4
+
+    def one_after_the_other():
+        for _ in range(3):
+            torch.empty(count)
+
+    def both_at_once():
+        return torch.empty(count), torch.empty(count)
+
+    assert peak_memory(one_after_the_other, "cpu") == pytest.approx(megabytes * 2**20, rel=0.01)
+    assert peak_memory(both_at_once, "cpu") == pytest.approx(2 * megabytes * 2**20, rel=0.01)
+
+
+def test_measurements_wait_for_each_other():
+    order = []
+
+    def second():
+        with exclusive("cpu"):
+            order.append("second")
+
+    with exclusive("cpu"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_waits_for_the_device_and_counts_its_bytes():
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    evidence = measure_time(lambda: x @ x, "cuda", dtype=x.dtype, shape="8192³ product")
+    tflops = 2 * 8192**3 / evidence.median_ms * 1e-9
+    assert 50 < tflops < 5000  # a launch alone would look thousands of times faster
+    assert peak_memory(lambda: torch.empty(2**26, device="cuda", dtype=torch.uint8), "cuda") == 2**26
