@@ -122,8 +122,10 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logits.softmax(dim=-1)
     forbidden = mask == 0
-    logits = logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1).masked_fill(forbidden, 0.0)
+    values = logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
+    del logits  # at most two of these (..., H, T, S) are alive at a time
+    values = values.softmax(dim=-1)
+    return values.masked_fill(forbidden, 0.0)
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ class HeadParams(TextParams):
         1.0,
         ge=0.1,
         le=5.0,
-        multiple_of=0.1,
         title="Temperature",
         description="Divides the logits before the softmax: below 1 sharpens the attention, above 1 flattens it.",
+        json_schema_extra={"step": 0.1},
     )
     mask: Literal["own", "causal", "bidirectional", "sliding window", "prefix LM"] = Field(
         "own", title="Mask", description="Which keys a query may look at. Own: as the model was trained."

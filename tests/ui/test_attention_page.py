@@ -1,0 +1,213 @@
+"""The attention lab in Streamlit's own test harness, on the real runtime and the real model."""
+
+import json
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import ui.run
+from engine.experiments._attention import MAX_TOKENS, REPEATING_TEXT
+from engine.runtime import Runtime
+from ui.attention.explore import VIEWS
+
+APP = Path(__file__).parents[2] / "app.py"
+SECONDS = 90
+
+
+@pytest.fixture(scope="module")
+def real_runtime():
+    runtime = Runtime.start(warm_up=("engine.tracing",))
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def lab(real_runtime, monkeypatch):
+    """Opens the lab, as a browser with this query string would, and waits until everything is computed."""
+    started = Future()
+    started.set_result(real_runtime)
+    monkeypatch.setattr(ui.run, "starting", lambda: started)
+
+    def open_with(**query):
+        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
+        app.run()
+        app.switch_page("app_pages/attention.py")
+        app.query_params.update({f"attention_{name}": str(value) for name, value in query.items()})
+        return finished(app)
+
+    return open_with
+
+
+def finished(app):
+    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
+    end = time.monotonic() + SECONDS
+    app.run()
+    while app.progress or app.get("skeleton"):
+        assert time.monotonic() < end, "the page never got there"
+        time.sleep(0.1)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def words(app):
+    """Everything the page says, without Markdown's escapes."""
+    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success)
+    said = [element.value for kind in kinds for element in kind] + [expander.label for expander in app.expander]
+    return "\n".join(said).replace("\\", "")
+
+
+def spec(app, key):
+    return json.loads(app.get_by_key(key).proto.spec)
+
+
+def test_at_first_sight_all_heads_and_the_next_token(lab):
+    app = lab()
+    assert "Of 270 heads" in words(app)
+    assert "18.6" in words(app)
+    assert "“␣Mary” next" in words(app)
+    assert len(spec(app, "attention_all")["data"][0]["text"]) == 9
+    assert "Fused kernels never hold these maps" in words(app)
+
+
+@pytest.mark.parametrize("view", VIEWS[1:-1])
+def test_every_view_draws_the_chosen_head_and_follows_the_head_slider(lab, view):
+    app = lab(view=view)
+    key = f"attention_{view.replace(' ', '')}"
+    before = spec(app, key)["data"]
+    app.slider(key="attention_head").set_value(5)
+    finished(app)
+    assert spec(app, key)["data"] != before
+
+
+@pytest.mark.parametrize(
+    ("label", "first"), [("Induction heads", "18.6"), ("Previous-token heads", "16.0"), ("Sinks", "18.")]
+)
+def test_one_choice_sorts_the_heads(lab, label, first):
+    app = lab(order=label)
+    assert spec(app, "attention_all")["layout"]["annotations"][0]["text"].startswith(first)
+
+
+def test_a_text_that_repeats_itself_is_one_click_away(lab):
+    app = lab(order="Induction heads")
+    next(button for button in app.button if button.label == "Use a text that repeats itself").click()
+    finished(app)
+    assert app.text_area(key="attention_text").value == REPEATING_TEXT
+    assert "“␣owl” next" in words(app)
+
+
+def test_temperature_changes_the_map_and_the_next_token(lab):
+    app = lab(view="What changed")
+    assert "Nothing has changed yet" in words(app)
+    app.slider(key="attention_temperature").set_value(3.0)
+    finished(app)
+    assert "The largest change" in words(app)
+    assert "before your change" in words(app)
+
+
+def test_a_dropped_token_is_named_and_gone(lab):
+    app = lab(view="One head")
+    app.selectbox(key="attention_drop").set_value(1)
+    finished(app)
+    assert "␣Mary" not in spec(app, "attention_Onehead")["layout"]["yaxis"]["ticktext"]
+    assert "“␣Mary” (92.3%); now" in words(app)
+
+
+def test_the_arithmetic_of_a_cell_has_its_numbers(lab):
+    app = lab(view="One head", query="13 · ␣to", key="12 · ␣drink")
+    assert "How much does “␣to” look at “␣drink”?" in words(app)
+    assert "86.4%" in words(app)
+
+
+def test_a_forbidden_cell_says_why(lab):
+    assert "exactly $0$" in words(lab(view="Step by step", query="2 · ␣and", key="9 · ␣John"))
+
+
+def test_pinning_draws_both_runs(lab):
+    app = lab(view="One head")
+    next(button for button in app.button if button.label == "Pin as A").click()
+    finished(app)
+    app.slider(key="attention_head").set_value(6)
+    finished(app)
+    assert spec(app, "attention_OneheadA")["data"][0]["z"] != spec(app, "attention_OneheadB")["data"][0]["z"]
+    assert "A: head 0 · B: head 6" in words(app)
+
+
+def test_the_same_address_shows_the_same_page(lab):
+    query = {"view": "Arcs", "layer": 18, "head": 6, "threshold": 40, "text": REPEATING_TEXT}
+    one, two = lab(**query), lab(**query)
+    assert spec(one, "attention_Arcs") == spec(two, "attention_Arcs")
+    assert one.slider(key="attention_layer").value == 18
+    assert "at least 40 %" in words(one)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("text", "said"), [("", "The text is empty"), ("   ", "only spaces")])
+    def test_nothing_to_read(self, lab, text, said):
+        app = lab()
+        app.text_area(key="attention_text").set_value(text)
+        finished(app)
+        assert said in words(app)
+        app.text_area(key="attention_text").set_value("Good again")
+        finished(app)
+        assert said not in words(app)
+        assert "Of 270 heads" in words(app)
+
+    def test_emoji_alone_are_shown_as_their_pieces(self, lab):
+        app = lab(text="😀😀", view="One token")
+        assert "looks most at" in words(app)
+
+    def test_a_long_text_is_counted_and_can_be_cut(self, lab):
+        app = lab(text="word " * 300)
+        assert f"301 tokens; the lab shows up to {MAX_TOKENS}" in words(app)
+        app.toggle(key="attention_cut").set_value(True)
+        finished(app)
+        assert "Of 270 heads" in words(app)
+
+    def test_an_unknown_model_is_one_sentence_and_the_way_back_works(self, lab):
+        app = lab(model="nobody/no-such-model")
+        assert "nobody/no-such-model" in words(app)
+        app.text_input(key="attention_model").set_value("smollm2-135m")
+        finished(app)
+        assert "Of 270 heads" in words(app)
+
+    def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
+        app = lab(layer="banana", temperature="-7", view="nothing", head="999999")
+        assert "banana" in words(app)
+        assert app.slider(key="attention_layer").value == 16
+        assert "Of 270 heads" in words(app)
+
+    def test_a_window_longer_than_the_text_does_nothing_and_says_so(self, lab):
+        app = lab(view="One head", mask="sliding window", window=100)
+        assert "A window of 100 covers all 14 tokens" in words(app)
+
+
+def test_the_untrained_layer_has_no_roles_and_predicts_nothing(lab):
+    app = lab(weights="untrained")
+    assert "Before training" in words(app)
+    assert "predicts no next token" in words(app)
+
+
+def test_predict_compares_the_guess_with_the_model(lab):
+    app = lab(tab="Predict")
+    app.text_input(key="attention_guess").set_value("Mary")
+    finished(app)
+    assert "Yes: “␣Mary” is first" in words(app)
+    app.text_input(key="attention_guess").set_value("elephant")
+    finished(app)
+    assert "not among the ten" in words(app)
+    app.selectbox(key="attention_answer0").set_value(0)
+    finished(app)
+    assert "most goes to" in words(app)
+
+
+def test_the_tests_tab_is_green_on_these_settings(lab):
+    assert "6 of 6 properties hold" in words(lab(tab="Tests"))
+
+
+def test_the_code_tab_shows_the_engine(lab):
+    app = lab(tab="Code")
+    assert any("def attention_stages" in code.value for code in app.code)

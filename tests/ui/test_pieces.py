@@ -1,0 +1,149 @@
+"""The frame's pieces that need no page: what they make of what they are given."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io as pio
+import pytest
+
+from engine.experiments.attention_effect import Params
+from ui import evidence, export, labs, source, theme
+from ui.prose import plain
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())
+
+
+def luminance(colour):
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """WCAG 2 contrast ratio."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_charts_lie_on_their_page_without_a_seam(mode):
+    page, surface = CONFIG["theme"][mode], theme.SURFACES[mode]
+    assert surface.paper == page["backgroundColor"]
+    assert surface.ink == page["textColor"]
+    assert surface.accent == page["primaryColor"]
+    assert list(theme.CATEGORIES[mode]) == page["chartCategoricalColors"]
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("place", [(), ("sidebar",)])
+def test_text_and_accent_can_be_read(mode, place):
+    colours = CONFIG["theme"][mode]
+    for step in place:
+        colours = colours[step]
+    for background in (colours["backgroundColor"], colours["secondaryBackgroundColor"]):
+        assert contrast(colours["textColor"], background) >= 7
+        assert contrast(colours["primaryColor"], background) >= 4.5
+        assert contrast(colours["linkColor"], background) >= 4.5
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_categories_are_seen_on_the_page(mode):
+    assert all(contrast(colour, theme.SURFACES[mode].paper) >= 2 for colour in theme.CATEGORIES[mode])
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_the_signed_scale_has_the_page_at_zero(mode):
+    scale = theme.signed(mode)
+    assert scale[len(scale) // 2] == (0.5, theme.SURFACES[mode].paper)
+    assert (scale[0][0], scale[-1][0]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_the_template_is_small(mode):
+    """It travels with every chart."""
+    assert len(pio.templates[f"workbench_{mode}"].to_plotly_json().__repr__()) < 3000
+
+
+def test_the_shipped_configuration_keeps_to_this_machine():
+    assert CONFIG["server"]["address"] == "localhost"
+    assert CONFIG["server"]["enableXsrfProtection"] is True
+    assert CONFIG["server"]["maxCacheDataSize"]
+    assert CONFIG["browser"]["gatherUsageStats"] is False
+    assert CONFIG["client"]["showErrorDetails"] == "none"
+    assert CONFIG["runner"]["postScriptGC"] is False
+    assert "showSidebarNavigation" not in CONFIG["client"]
+
+
+def test_every_lab_has_its_page_and_its_own_address():
+    assert all((ROOT / lab.script).exists() for lab in labs.LABS)
+    assert len({lab.url_path for lab in labs.LABS}) == len(labs.LABS)
+
+
+@pytest.mark.parametrize("changed", [{}, {"layer": 3}, {"text": 'He said "no" ' * 20, "temperature": 0.5}])
+def test_the_script_repeats_the_run(changed):
+    text = export.script("attention_effect", Params(**changed))
+    assert len(text.splitlines()) < 12
+    program = text.replace("result = run(params, LocalJob())", "print(params.model_dump_json())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert Params.model_validate_json(done.stdout) == Params(**changed)
+
+
+def test_the_exported_page_needs_no_network():
+    page = export.page(go.Figure(go.Bar(y=[1, 2])), "workbench_dark")
+    assert "cdn.plot.ly" not in page.split("<script", 1)[0]
+    assert "Plotly.newPlot" in page
+    assert theme.SURFACES["dark"].paper in page
+    assert len(page) > 1_000_000
+
+
+def test_evidence_in_a_line_and_in_full():
+    facts = {
+        "median_ms": 1.23456,
+        "low_ms": 1.2,
+        "high_ms": 1.31,
+        "runs": 10,
+        "warmup": "2 runs",
+        "device": "Some CPU",
+        "dtype": "float32",
+        "shape": "B=1",
+        "versions": {"torch": "2.13.0", "python": "3.11"},
+    }
+    assert evidence.line(facts) == "median 1.23 ms (1.2 to 1.31) · 10 runs · Some CPU · float32"
+    rows = evidence.rows(facts)
+    assert rows["torch version"] == "2.13.0"
+    assert len(rows) == 9
+
+
+def test_source_is_what_stands_in_the_file():
+    found = source.read("engine.runtime.jobs:LocalJob.report")
+    lines = (ROOT / found.path).read_text().splitlines()
+    first = "def report(self, step: int, total: int, **numbers: float) -> None:"
+    assert found.text.splitlines()[0] == lines[found.line - 1].strip() == first
+    assert found.name == "LocalJob.report"
+
+
+def test_source_starts_at_the_decorator():
+    assert source.read("engine.runtime.jobs:Progress").text.startswith("@dataclass(frozen=True)\nclass Progress:")
+
+
+def test_source_links_the_papers_of_its_docstring():
+    links = source.read("engine.attention:ScaledDotProductAttention").links
+    assert all(link.startswith("https://") for link in links)
+    assert source._label("https://arxiv.org/abs/1706.03762") == "arXiv 1706.03762"
+    assert source._label("https://github.com/x/y") == "github.com"
+
+
+@pytest.mark.parametrize("name", ["engine.attention:Nothing", "engine.runtime.jobs:LocalJob.fly"])
+def test_source_that_is_not_there_is_an_error(name):
+    with pytest.raises(LookupError, match="there is no"):
+        source.read(name)
+
+
+def test_plain_text_leaves_no_markup():
+    assert plain("![a](b)") == r"\!\[a\]\(b\)"
+    assert plain("42 %, naïve 🐈") == "42 %, naïve 🐈"

@@ -1,0 +1,1 @@
+"""Everything Streamlit and Plotly that the workbench's pages share."""

@@ -1,0 +1,85 @@
+"""The controls of the attention lab: few, the interesting ones first; what they can say depends on model and text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from engine.experiments import attention, attention_head
+from engine.experiments._attention import MAX_TOKENS
+from ui import controls, run
+from ui.controls import Look
+from ui.labs import ATTENTION
+
+PREFIX = ATTENTION.url_path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controls say, with what is known of the model and the text.
+
+    Args:
+        params: the head and the changes to it.
+        overview: the maps of all heads; None until there are any.
+        below: a place under the controls, for what must always be seen.
+    """
+
+    params: attention_head.Params
+    overview: attention.Result | None
+    below: DeltaGenerator
+
+
+def settings() -> Settings | None:
+    """Draw the controls; None if what they say makes no sense (the sentence is then on the page)."""
+    values = controls.controls(attention.Params, prefix=PREFIX, fields=["text"])
+    if len(values["text"].encode()) > MAX_TOKENS:  # a token has at least one byte: shorter texts never need it
+        values |= controls.controls(attention.Params, prefix=PREFIX, fields=["cut"])
+    head_place = st.container()
+    with st.expander("Model and weights", icon=":material/deployed_code:"):
+        values |= controls.controls(attention.Params, prefix=PREFIX, fields=["model", "weights"])
+    text = controls.validated(attention.Params, values)
+    key = f"{PREFIX}_overview"
+    overview = run.run("attention", text, key=key) if text else None
+    known = overview or run.latest(key)
+    with head_place:  # not before the model and the text are known: a link's layer 40 must not be taken for a moment
+        knobs = _head_controls(known) if known else {}
+    if text is None:
+        return None
+    params = controls.validated(attention_head.Params, text.model_dump() | knobs)
+    return Settings(params, overview, st.container()) if params else None
+
+
+def waiting(given: Settings) -> bool:
+    """True while there are no maps: draws what stands in their place until they come, or where they cannot come."""
+    if given.overview is not None:
+        return False
+    if run.is_running(f"{PREFIX}_overview"):
+        st.skeleton(height=460)
+    else:
+        st.caption("There are no maps to show: the note beside the controls says why.")
+    return True
+
+
+def _head_controls(overview: attention.Result) -> dict[str, Any]:
+    model = attention_head.Params
+    layers, heads = overview.attention.shape[:2]
+    tokens = overview.tokens
+    looks = {
+        "layer": Look(maximum=layers - 1),
+        "head": Look(maximum=heads - 1),
+        "drop": Look(
+            options=range(-1, len(tokens)), name=lambda i: "none" if i < 0 else f"{i} · {tokens[i]}", widget="select"
+        ),
+    }
+    knobs = controls.controls(model, prefix=PREFIX, fields=["layer", "head", "temperature"], **looks)
+    with st.expander("Mask, drop a token", icon=":material/tune:"):
+        knobs |= controls.controls(model, prefix=PREFIX, fields=["mask"], mask=Look(widget="select"))
+        if knobs["mask"] == "sliding window":
+            knobs |= controls.controls(model, prefix=PREFIX, fields=["window"])
+        if knobs["mask"] == "prefix LM":
+            knobs |= controls.controls(model, prefix=PREFIX, fields=["prefix"])
+        knobs |= controls.controls(model, prefix=PREFIX, fields=["reach", "drop"], **looks)
+    return knobs

@@ -1,0 +1,64 @@
+"""Draws a Plotly figure on a page: in the workbench's template, with a sentence that says what it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io as pio
+import streamlit as st
+from plotly.basedatatypes import BaseFigure
+
+from ui import theme
+from ui.prose import plain
+
+_CONFIG = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}
+
+_TEMPLATES = {name: pio.templates[name].to_plotly_json() for name in ("workbench_light", "workbench_dark")}
+
+
+def figure(fig: go.Figure, *, key: str, sentence: str, selectable: bool = False, height: int | None = None) -> Any:
+    """Draw `fig` with `sentence` under it, which is also what a screen reader says in its place.
+
+    Args:
+        fig: as a function of `ui.charts` returns it; its template is replaced by the page's.
+        key: of the element on the page; `ui.export` finds the figure by it.
+        sentence: what the figure shows, made from the data.
+        selectable: whether choosing points draws the page (or fragment) again.
+        height: pixels, instead of the figure's own.
+
+    Returns:
+        The points chosen, as Plotly describes them (``x``, ``y``, ``point_index``, …); none if not `selectable`.
+    """
+    drawn = st.plotly_chart(
+        _Themed(fig, height),
+        theme=None,
+        key=key,
+        config=_CONFIG,
+        alt=sentence,
+        on_select="rerun" if selectable else "ignore",
+        selection_mode="points",
+    )
+    st.caption(plain(sentence))
+    return drawn.selection.points if selectable else []
+
+
+class _Themed(BaseFigure):
+    """A figure with the page's template, as it goes to the browser.
+
+    The template is put beside what `fig` has validated already: set on the figure itself, Plotly would validate it anew
+    for every drawing, which takes 2 ms and so more than all the rest of the work here.
+    """
+
+    def __init__(self, fig: go.Figure, height: int | None) -> None:
+        self._spec = fig.to_dict()
+        self._spec["layout"]["template"] = _TEMPLATES[theme.template()]
+        if height is not None:
+            self._spec["layout"]["height"] = height
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._spec

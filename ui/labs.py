@@ -1,0 +1,61 @@
+"""The registry of labs: the navigation, the home page and each lab's own frame read it.
+
+A lab that is not listed here is not on any menu; a lab that is listed needs nothing else to be found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.experiments._attention import REPEATING_TEXT
+
+
+@dataclass(frozen=True)
+class Start:
+    """A place to begin in a lab: what to look for, and the settings that show it.
+
+    Args:
+        label: what one sees there, a few words.
+        settings: URL parameters of the lab, without its prefix.
+    """
+
+    label: str
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One lab.
+
+    Args:
+        url_path: its address below the app's, and the prefix of its URL parameters and widget keys.
+        title: its name, a word or two.
+        question: the one question it answers, as a sentence.
+        icon: a Material symbol, ``":material/…:"``.
+        script: path of its page script from the app's folder.
+        starts: places to begin, shown on the home page.
+    """
+
+    url_path: str
+    title: str
+    question: str
+    icon: str
+    script: str
+    starts: tuple[Start, ...] = ()
+
+
+ATTENTION = Lab(
+    url_path="attention",
+    title="Attention",
+    question="What does each attention head look at?",
+    icon=":material/grid_on:",
+    script="app_pages/attention.py",
+    starts=(
+        Start("Find the induction heads", {"order": "Induction heads", "text": REPEATING_TEXT}),
+        Start("See where attention rests", {"order": "Sinks"}),
+        Start("Follow one head step by step", {"view": "Step by step"}),
+        Start("Look at heads before training", {"weights": "untrained"}),
+    ),
+)
+
+LABS = (ATTENTION,)

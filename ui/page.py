@@ -1,0 +1,67 @@
+"""The frame of every lab: its question on top, four tabs below it, and in each the controls beside what they change.
+
+A lab's page script is short::
+
+    page.lab(labs.ATTENTION, controls=controls, explore=explore, predict=predict, code=code, tests=tests)
+
+`controls` draws the widgets and returns the validated parameters; each tab is a function that draws itself and
+runs only while its tab is open. The controls are drawn in every tab, for a widget that is not drawn loses its value
+and its place in the URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import streamlit as st
+
+from ui.labs import Lab
+
+Settings = TypeVar("Settings")
+
+EXPLORE, PREDICT, CODE, TESTS = "Explore", "Predict", "Code", "Tests"
+
+
+def lab(
+    about: Lab,
+    *,
+    controls: Callable[[], Settings | None],
+    explore: Callable[[Settings], None],
+    predict: Callable[[Settings], None] | None = None,
+    code: Callable[[], None] | None = None,
+    tests: Callable[[Settings], None] | None = None,
+) -> None:
+    """Draw the lab `about`.
+
+    The open tab is a fragment: a control redraws the tab and leaves the rest of the app alone.
+
+    Args:
+        about: the lab's entry in `ui.labs`.
+        controls: draws the controls and returns the settings, or None where they make no sense
+            (it has then said why; tabs that need settings wait).
+        explore: draws the Explore tab from the settings.
+        predict: draws the Predict tab; no such tab if None, and likewise for the next two.
+        code: draws the Code tab, which needs no settings.
+        tests: draws the Tests tab.
+    """
+    drawn = {EXPLORE: explore, PREDICT: predict, CODE: code and (lambda _: code()), TESTS: tests}
+    contents = {name: draw for name, draw in drawn.items() if draw is not None}
+
+    @st.fragment
+    def body(name: str) -> None:
+        left, right = st.columns([1, 3], gap="medium")
+        with left:
+            settings = controls()
+        with right:
+            if settings is None and name != CODE:
+                st.caption("Nothing to show for these settings: the note beside the controls says what to change.")
+            else:
+                contents[name](settings)
+
+    st.title(about.question, anchor=False)
+    tabs = st.tabs(list(contents), key=f"{about.url_path}_tab", on_change="rerun", bind="query-params")
+    for name, tab in zip(contents, tabs, strict=True):
+        if tab.open:
+            with tab:
+                body(name)

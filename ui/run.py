@@ -1,0 +1,267 @@
+"""Runs experiments for a page: waits a moment, then shows progress; cancels what is superseded; explains failures.
+
+What a session knows about its jobs is one frozen `_Slot` for each key, replaced as a whole. That matters: Streamlit
+abandons a script thread when the learner moves on, so two threads of one session can overlap. The abandoned one is
+stopped at its next use of `st.session_state` or of a page element, hence after every wait the session is asked first.
+"""
+
+from __future__ import annotations
+
+import uuid
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from engine.errors import JobCancelledError, WorkbenchError
+from engine.experiments import ExperimentParams
+from ui.prose import plain
+
+if TYPE_CHECKING:
+    from engine.runtime import Runtime, Ticket
+
+WAIT = 0.4  # seconds that `run` waits before it shows progress
+POLL = 0.4  # seconds between two looks at a job that is under way
+WARM_UP = ("engine.pretrained", "engine.attention")  # imported by the workers before anybody asks for anything
+
+_PREVIOUS = "What you see is the previous result."
+_RUNNING = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What a session knows about the jobs of one key.
+
+    Args:
+        experiment, params: what was asked for last; no `params` means that it is to be asked for again.
+        ticket: its job; None once it has ended, or if it could not be submitted.
+        result, result_params: the last good result and what it belongs to.
+        problem: why the last job gave no result.
+        stopping: whether the learner has cancelled the job.
+    """
+
+    experiment: str
+    params: ExperimentParams | None
+    ticket: Ticket | None = None
+    result: Any = None
+    result_params: ExperimentParams | None = None
+    problem: str | None = None
+    stopping: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """True if the result is the one that was asked for."""
+        return self.result_params is not None and self.result_params == self.params
+
+
+@dataclass(frozen=True)
+class _Presence:
+    """A session as the runtime knows it."""
+
+    runtime: Runtime
+    owner: str
+
+    def end(self) -> None:
+        self.runtime.release(self.owner)
+
+
+def starting() -> Future[Runtime]:
+    """The runtime as it starts, once for the whole server and in a thread of its own: nobody's page waits for it."""
+    return _start()
+
+
+@st.cache_resource(show_spinner=False)
+def _start() -> Future[Runtime]:
+    future: Future[Runtime] = Future()
+
+    def start() -> None:
+        try:
+            from engine.runtime import Runtime
+
+            future.set_result(Runtime.start(warm_up=WARM_UP))
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=start, name="runtime-start", daemon=True).start()
+    return future
+
+
+def workbench() -> Runtime | None:
+    """The server's runtime, with this session signed in; None after a sentence and a way out if it did not start."""
+    future = starting()
+    if not future.done():
+        with st.spinner("Starting the worker…"):
+            futures.wait([future])
+    error = future.exception()
+    if error is not None:
+        reason = f" {error}" if isinstance(error, WorkbenchError) else ""
+        st.error(f"The place where experiments run did not start.{plain(reason)}", icon=":material/power_off:")
+        st.button("Start it again", key="_start_again", icon=":material/refresh:", on_click=_start.clear)
+        return None
+    runtime = future.result()
+    presence = _presence(_owner(), runtime)
+    runtime.keep(presence.owner)
+    return runtime
+
+
+def _owner() -> str:
+    """This session's name for the runtime; it outlives a lost connection, unlike a session-scoped cache."""
+    return st.session_state.setdefault("_owner", uuid.uuid4().hex)
+
+
+@st.cache_resource(scope="session", show_spinner=False, max_entries=1, on_release=_Presence.end)
+def _presence(owner: str, _runtime: Runtime) -> _Presence:
+    return _Presence(_runtime, owner)
+
+
+def run(experiment: str, params: ExperimentParams, *, key: str, wait: float = WAIT) -> Any | None:
+    """The result of `experiment` with `params`, or what there is until it comes.
+
+    Within `wait` seconds the result is returned as if it had been computed here. After that the page gets progress
+    with a Cancel button, and the last good result of `key` (marked as the previous one) until the new one arrives and
+    the page is redrawn. A job of `key` that is no longer asked for is cancelled. A failure is one sentence and a
+    button to try again.
+
+    Args:
+        experiment: its name in `engine.experiments`.
+        params: its parameters.
+        key: what the result is for on this page; one job at a time.
+        wait: seconds to wait before progress is shown.
+
+    Returns:
+        The result; the previous one while the new one is under way or if it failed (`params_of` tells which); None
+        if there has not been any.
+    """
+    runtime = workbench()
+    if runtime is None:
+        return None
+    slot = _settled(_asked(runtime, experiment, params, key), key, wait)
+    if slot.ticket is not None:
+        _progress(key)
+    elif slot.problem is not None:
+        _show_problem(slot, key)
+    return slot.result
+
+
+def latest(key: str) -> Any | None:
+    """The last good result of `key`, without asking for a new one: for what must stay while a setting is wrong."""
+    slot = _slot(key)
+    return slot.result if slot else None
+
+
+def params_of(key: str) -> ExperimentParams | None:
+    """The parameters of the result that `run` returned for `key`: while a new one is under way, the previous ones."""
+    slot = _slot(key)
+    return slot.result_params if slot else None
+
+
+def is_running(key: str) -> bool:
+    """Whether the job of `key` is queued or running: if not, and there is no result, `run` has said why."""
+    slot = _slot(key)
+    return slot is not None and slot.ticket is not None
+
+
+def ask_again(key: str) -> None:
+    """Let the next `run` of `key` compute anew, whatever is known; the last good result stays until then."""
+    slot = _slot(key)
+    if slot is not None:
+        _keep(key, replace(slot, params=None))
+
+
+def _slot(key: str) -> _Slot | None:
+    return st.session_state.get(f"_run_{key}")
+
+
+def _keep(key: str, slot: _Slot) -> _Slot:
+    st.session_state[f"_run_{key}"] = slot
+    return slot
+
+
+def _asked(runtime: Runtime, experiment: str, params: ExperimentParams, key: str) -> _Slot:
+    """The slot of `key` with `params` asked for: submitted, unless that was done before."""
+    slot = _slot(key)
+    if slot is None or slot.experiment != experiment:
+        slot = _Slot(experiment, None)
+    if slot.params == params:
+        return slot
+    if slot.ticket is not None:
+        slot.ticket.cancel()
+    asked = replace(slot, params=params, ticket=None, problem=None, stopping=False)
+    if slot.params is not None and asked.is_answered:
+        return _keep(key, asked)
+    try:
+        ticket = runtime.submit(experiment, params, _owner())
+    except WorkbenchError as error:
+        return _keep(key, replace(asked, problem=str(error)))
+    return _keep(key, replace(asked, ticket=ticket))
+
+
+def _settled(slot: _Slot, key: str, seconds: float) -> _Slot:
+    """The slot after up to `seconds`, with the result or the problem if the job has ended by then."""
+    if slot.ticket is None or not slot.ticket.wait(seconds):
+        return slot
+    if _slot(key) is not slot:
+        return _slot(key) or slot
+    try:
+        result = slot.ticket.result()
+    except JobCancelledError:
+        return _keep(key, replace(slot, ticket=None, problem="Cancelled."))
+    except WorkbenchError as error:
+        return _keep(key, replace(slot, ticket=None, problem=str(error)))
+    return _keep(key, replace(slot, ticket=None, result=result, result_params=slot.params))
+
+
+@st.fragment(run_every=POLL)
+def _progress(key: str) -> None:
+    """Progress of the job of `key`, redrawn by itself; once the job has ended the page is drawn again."""
+    slot = _slot(key)
+    ticket = slot.ticket if slot else None
+    if ticket is None or ticket.state not in _RUNNING:
+        st.rerun()
+    bar, cancel = st.columns([5, 1], vertical_alignment="center")
+    share, words = (0.0, "Stopping…") if slot.stopping else _status(ticket)
+    bar.progress(share, text=words if slot.result is None else f"{words} · {_PREVIOUS}")
+    cancel.button(
+        "Cancel",
+        key=f"_cancel_{key}",
+        icon=":material/close:",
+        disabled=slot.stopping,
+        on_click=_cancel,
+        args=(key,),
+        width="stretch",
+    )
+
+
+def _cancel(key: str) -> None:
+    slot = _slot(key)
+    if slot is not None and slot.ticket is not None:
+        slot.ticket.cancel()
+        _keep(key, replace(slot, stopping=True))
+
+
+def _status(ticket: Ticket) -> tuple[float, str]:
+    """How far the job is, from 0 to 1, and in words."""
+    if ticket.state == "queued":
+        ahead = ticket.place - 1 if ticket.place else 0
+        return 0.0, "Next in line…" if ahead < 1 else f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…"
+    progress = ticket.progress
+    if progress is None:
+        return 0.0, f"Running for {ticket.seconds:.0f} s…"
+    parts = [f"Step {progress.step} of {progress.total}"]
+    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.numbers.items()]
+    if progress.step:
+        left = ticket.seconds * (progress.total - progress.step) / progress.step
+        parts.append(f"about {left:.0f} s left")
+    return min(1.0, progress.step / progress.total), " · ".join(parts)
+
+
+def _show_problem(slot: _Slot, key: str) -> None:
+    words, again = st.columns([5, 1], vertical_alignment="center")
+    problem = slot.problem if slot.result is None else f"{slot.problem} {_PREVIOUS}"
+    words.warning(plain(problem), icon=":material/info:")
+    again.button(
+        "Try again", key=f"_again_{key}", icon=":material/refresh:", on_click=ask_again, args=(key,), width="stretch"
+    )
