@@ -99,7 +99,7 @@ def _map(found: attention_head.Result, params: attention_head.Params, key: str, 
     sentence = attention_head.describe(matrix, found.tokens, name)
     with figure_place:
         fig = charts.weights(matrix, found.tokens, allowed=allowed, cell=cell, mode=theme.mode())
-        chart.figure(fig, key=key, sentence=sentence, height=560)
+        chart.figure(fig, key=key, sentence=sentence, height=500)
         if first:
             clicks.on_cell_click(key, lambda x, y: _choose_cell(found, x, y))
         _export_matrix(fig, key, matrix, found.tokens, params)
@@ -191,7 +191,7 @@ def _change(found: attention_head.Result, params: attention_head.Params, key: st
         f"({found.untouched[query, target]:.0%} before). On average a token moves "
         f"{np.abs(moved).sum() / 2 / len(found.tokens):.0%} of its attention."
     )
-    chart.figure(fig, key=key, sentence=sentence, height=560)
+    chart.figure(fig, key=key, sentence=sentence, height=500)
     _export_matrix(fig, key, found.difference, tokens, params)
 
 
