@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from engine import pretrained
 from engine.errors import InputError
@@ -20,6 +21,7 @@ from engine.experiments import (
 )
 from engine.experiments._attention import MAX_TOKENS
 from engine.runtime.jobs import LocalJob
+from tests.tiny_models import save
 
 MARY = "When Mary and John went to the store, John gave a drink to"
 
@@ -232,3 +234,24 @@ def test_what_is_kept_of_a_model_does_not_keep_the_model():
     del copy
     gc.collect()
     assert watch() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_gpu_shows_what_the_cpu_shows(kind, tmp_path):
+    folder = str(save(tmp_path / kind, kind))
+    settings = {"text": "Mary gave John a drink", "model": folder, "layer": 1, "head": 2, "temperature": 0.5}
+    on_cpu, on_gpu = (
+        attention_head.run(attention_head.Params(**settings), LocalJob(device)) for device in ("cpu", "cuda")
+    )
+    for stage in ("scores", "scaled", "weights", "output", "layer_mean", "untouched"):
+        np.testing.assert_allclose(getattr(on_gpu, stage), getattr(on_cpu, stage), rtol=1e-3, atol=1e-4)
+    checks = attention_tests.run(attention_tests.Params(**settings, mask="sliding window"), LocalJob("cuda")).checks
+    assert [check.name for check in checks if not check.passed] == []
+    text = {"text": settings["text"], "model": folder}
+    assert "differ by at most" in attention.run(attention.Params(**text), LocalJob("cuda")).fused_sentence
+    assert attention_fused.run(attention_fused.Params(**text), LocalJob("cuda")).eager["device"] != "CPU"
+    before = attention_effect.run(attention_effect.Params(**settings), LocalJob("cpu"))
+    after = attention_effect.run(attention_effect.Params(**settings), LocalJob("cuda"))
+    assert [c.token for c in after.candidates] == [c.token for c in before.candidates]

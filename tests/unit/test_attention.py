@@ -279,6 +279,11 @@ class TestRotary:
             RotaryEmbedding(7)
 
 
+def test_printing_a_layer_names_its_settings():
+    assert "16, causal=True" in repr(ScaledDotProductAttention(16, causal=True))
+    assert "theta=500" in repr(MultiHeadAttention(16, 2, rotary=RotaryEmbedding(8, theta=500.0)))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
