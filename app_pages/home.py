@@ -14,7 +14,7 @@ SHOWN = 5
 def card(lab: Lab) -> None:
     """A lab with its question and its places to begin."""
     with st.container(border=True, height="stretch"):
-        st.markdown(f"#### {lab.icon} {lab.title}")
+        st.markdown(f"### {lab.icon} {lab.title}")
         st.markdown(lab.question)
         for start in lab.starts:
             settings = {f"{lab.url_path}_{name}": value for name, value in start.settings.items()}
@@ -46,7 +46,7 @@ def next_token() -> None:
 
 st.title("See what happens inside a transformer", anchor=False)
 live = st.container()
-st.subheader("The labs", anchor=False)
+st.header("The labs", anchor=False)
 with st.grid("auto", min_column_width=300):
     for lab in LABS:
         card(lab)

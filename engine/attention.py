@@ -59,7 +59,8 @@ def attention_stages(
     Raises:
         ValueError: the heads do not group, or the temperature is not positive.
 
-    Source: Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023.
+    Source: Vaswani et al. 2017, equation 1, https://arxiv.org/abs/1706.03762; grouped queries: Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245.
     """
     key, value = _group(query, key), _group(query, value)  # (..., H, S, d)
     gain = _gain(query, scale, temperature)
@@ -101,16 +102,17 @@ def _group(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _gain(query: Tensor, scale: float | None, temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"temperature ({temperature}) must be greater than 0")
-    return (query.shape[-1] ** -0.5 if scale is None else scale) / temperature
+    gain = (query.shape[-1] ** -0.5 if scale is None else scale) / temperature if temperature > 0 else math.nan
+    if not math.isfinite(gain):
+        raise ValueError(f"temperature ({temperature}) must be greater than 0, and scale / temperature finite")
+    return gain
 
 
 def _scores(query: Tensor, key: Tensor, gain: float) -> Tensor:
     """QKᵀ, at least in float32. Entries beyond ±√(max / (d · gain)) saturate: no product of finite input overflows."""
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key = query.float(), key.float()
-    limit = math.sqrt(torch.finfo(query.dtype).max / (2 * query.shape[-1] * max(gain, 1.0)))
+    limit = math.sqrt(torch.finfo(query.dtype).max / (2 * query.shape[-1] * max(abs(gain), 1.0)))
     return query.clamp(-limit, limit) @ key.clamp(-limit, limit).mT  # (..., H, T, S)
 
 
@@ -141,7 +143,7 @@ class ScaledDotProductAttention(nn.Module):
         d_model: D, the width of queries, keys and values.
         causal: forbid attention to later positions. With fewer queries than keys, the queries are the last positions.
 
-    Source: Vaswani et al. 2017, section 3.2.1.
+    Source: Vaswani et al. 2017, section 3.2.1, https://arxiv.org/abs/1706.03762.
     """
 
     def __init__(self, d_model: int, causal: bool = False) -> None:
@@ -199,7 +201,8 @@ class MultiHeadAttention(nn.Module):
     Raises:
         ValueError: D is no multiple of H, or H no multiple of G.
 
-    Source: Vaswani et al. 2017, section 3.2.2; initialisation: Glorot and Bengio 2010.
+    Source: Vaswani et al. 2017, section 3.2.2, https://arxiv.org/abs/1706.03762; initialisation: Glorot and Bengio
+    2010.
     """
 
     def __init__(
@@ -245,9 +248,9 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, d), keys and values (B, G, S, d), rotated to their positions where there is `rotary`."""
-        q = self._split(self.q_proj(query))  # (B, H, T, d)
-        k = self._split(self.k_proj(key))  # (B, G, S, d)
-        v = self._split(self.v_proj(value))  # (B, G, S, d)
+        q = self._split(_finite_linear(self.q_proj, query))  # (B, H, T, d)
+        k = self._split(_finite_linear(self.k_proj, key))  # (B, G, S, d)
+        v = self._split(_finite_linear(self.v_proj, value))  # (B, G, S, d)
         if self.rotary is not None:
             positions = torch.arange(k.shape[-2], device=k.device)
             q, k = self.rotary(q, positions[-q.shape[-2] :]), self.rotary(k, positions)
@@ -277,7 +280,7 @@ class MultiHeadAttention(nn.Module):
         """
         q, k, v = self.project(query, key, value)
         output, weights = attend(q, k, v, self._per_head(mask, q, k))  # (B, H, T, d), (B, H, T, S)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), weights
+        return _finite_linear(self.o_proj, output.transpose(1, 2).flatten(2)), weights
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H·d) → (B, H, T, d)
@@ -288,6 +291,13 @@ class MultiHeadAttention(nn.Module):
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
         _check_broadcast(mask, (*q.shape[:-1], k.shape[-2]))
         return mask
+
+
+def _finite_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear(x)`, finite for every finite `x`: what would overflow saturates, in the input of the sum and after it."""
+    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max / (2**24 * x.shape[-1]))
+    y = linear(x.clamp(-limit, limit))
+    return y.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)
 
 
 def _check_broadcast(mask: Tensor, shape: tuple[int, ...]) -> None:

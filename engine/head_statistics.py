@@ -18,7 +18,7 @@ def entropy(weights: Tensor) -> Tensor:
 
     0 when every query looks at one key; e^entropy is the effective number of keys looked at.
 
-    Source: Clark et al. 2019, "What does BERT look at?", section 3.3.
+    Source: Clark et al. 2019, "What does BERT look at?", https://arxiv.org/abs/1906.04341.
     """
     return torch.special.entr(weights).sum(-1).mean(-1)
 
@@ -26,7 +26,8 @@ def entropy(weights: Tensor) -> Tensor:
 def mean_distance(weights: Tensor) -> Tensor:
     """How far the attention reaches: the mean over queries of Σ_k w_k |q − k|, in tokens.
 
-    Source: Vig and Belinkov 2019, "Analyzing the structure of attention in a transformer language model".
+    Source: Vig and Belinkov 2019, "Analyzing the structure of attention in a transformer language model",
+    https://arxiv.org/abs/1906.04284.
     """
     query = torch.arange(weights.shape[-2], device=weights.device)[:, None]
     key = torch.arange(weights.shape[-1], device=weights.device)[None, :]
@@ -36,7 +37,8 @@ def mean_distance(weights: Tensor) -> Tensor:
 def first_token_mass(weights: Tensor) -> Tensor:
     """Attention sink: the mean over queries q ≥ 1 of w[q, 0], from 0 to 1 (query 0 has no choice and is left out).
 
-    Source: Xiao et al. 2023, "Efficient streaming language models with attention sinks".
+    Source: Xiao et al. 2023, "Efficient streaming language models with attention sinks",
+    https://arxiv.org/abs/2309.17453.
     """
     return _mean_or_zero(weights[..., 1:, 0])
 
@@ -44,7 +46,7 @@ def first_token_mass(weights: Tensor) -> Tensor:
 def previous_token_score(weights: Tensor) -> Tensor:
     """The mean over queries q ≥ 1 of w[q, q − 1], from 0 to 1.
 
-    Source: Elhage et al. 2021, "A mathematical framework for transformer circuits".
+    Source: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework/index.html.
     """
     return _mean_or_zero(weights.diagonal(offset=-1, dim1=-2, dim2=-1))
 
@@ -61,7 +63,7 @@ def induction_score(weights: Tensor, period: int) -> Tensor:
     Raises:
         ValueError: the sequence is not longer than one period.
 
-    Source: Olsson et al. 2022, "In-context learning and induction heads".
+    Source: Olsson et al. 2022, "In-context learning and induction heads", https://arxiv.org/abs/2209.11895.
     """
     length = weights.shape[-2]
     if not 0 < period < length:

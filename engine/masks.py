@@ -22,7 +22,7 @@ Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """No looking ahead: k ≤ q (Vaswani et al. 2017, section 3.2.3)."""
+    """No looking ahead: k ≤ q (Vaswani et al. 2017, section 3.2.3, https://arxiv.org/abs/1706.03762)."""
     return key <= query
 
 
@@ -32,13 +32,16 @@ def bidirectional(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Te
 
 
 def sliding_window(window: int) -> Mask:
-    """Neighbours only: |q − k| < window, the query itself counted (Beltagy et al. 2020; with `causal`: Mistral 7B).
+    """Neighbours only: |q − k| < window, the query itself counted.
 
     Args:
         window: how many positions on each side, the own one included; at least 1.
 
     Raises:
         ValueError: the window is smaller than 1.
+
+    Source: Beltagy et al. 2020, https://arxiv.org/abs/2004.05150; with `causal`: Mistral 7B,
+    https://arxiv.org/abs/2310.06825.
     """
     if window < 1:
         raise ValueError(f"window ({window}) must be at least 1: a query always sees itself")
@@ -46,13 +49,15 @@ def sliding_window(window: int) -> Mask:
 
 
 def prefix_lm(prefix: int) -> Mask:
-    """A prefix that sees itself in both directions, then causal: k < prefix or k ≤ q (Raffel et al. 2019, figure 4).
+    """A prefix that sees itself in both directions, then causal: k < prefix or k ≤ q.
 
     Args:
         prefix: number of tokens in the prefix; 0 is plain causal.
 
     Raises:
         ValueError: the prefix is negative.
+
+    Source: Raffel et al. 2019, figure 4, https://arxiv.org/abs/1910.10683.
     """
     if prefix < 0:
         raise ValueError(f"prefix ({prefix}) must not be negative")

@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
     Raises:
         ValueError: `head_dim` is odd.
 
-    Source: Su et al. 2021, RoFormer, section 3.2.
+    Source: Su et al. 2021, RoFormer, section 3.2, https://arxiv.org/abs/2104.09864.
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:

@@ -10,8 +10,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +34,9 @@ OBSERVED = "workbench_observed"
 
 _EXTRA_TERMS = ("softcap", "position_bias", "s_aux", "sinks")
 """What some models add between QKᵀ and the softmax, by the name of the argument; none of it is in the formula drawn."""
+
+_HALF_ROTARY = ("llama", "mistral", "qwen2")
+"""Architectures whose rotary embedding pairs the halves of a head, as `RotaryEmbedding` does."""
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -98,15 +101,6 @@ class Trace:
     masks: Tensor
     hidden: Tensor
     logits: Tensor | None
-
-    def to(self, device: str | torch.device) -> Trace:
-        """The same trace with its tensors on `device`."""
-        moved = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
 
 
 class FusedDifference(NamedTuple):
@@ -378,6 +372,8 @@ def _check_llama_shape(pretrained: Pretrained, layer: int) -> nn.Module:
     source = getattr(layers[layer], "self_attn", nn.Identity()) if layers is not None else nn.Identity()
     rope = getattr(pretrained.model.config, "rope_parameters", None) or {}
     plain = rope.get("rope_type") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
+    plain = plain and pretrained.model.config.model_type in _HALF_ROTARY
+    plain = plain and math.isclose(getattr(source, "scaling", 0.0), pretrained.head_dim**-0.5)
     if not plain or {name for name, _ in source.named_children()} != set(_PROJECTIONS):
         raise InputError(
             f"{pretrained.name} is no model of Llama's shape (four projections, plain rotary embedding): "

@@ -21,30 +21,23 @@ _CONFIG = {
 _TEMPLATES = {name: pio.templates[name].to_plotly_json() for name in ("workbench_light", "workbench_dark")}
 
 
-def figure(fig: go.Figure, *, key: str, sentence: str, selectable: bool = False, height: int | None = None) -> Any:
+def figure(fig: go.Figure, *, key: str, sentence: str, height: int | None = None) -> None:
     """Draw `fig` with `sentence` under it, which is also what a screen reader says in its place.
 
     Args:
         fig: as a function of `ui.charts` returns it; its template is replaced by the page's.
         key: of the element on the page; `ui.export` finds the figure by it.
         sentence: what the figure shows, made from the data.
-        selectable: whether choosing points draws the page (or fragment) again.
         height: pixels, instead of the figure's own.
-
-    Returns:
-        The points chosen, as Plotly describes them (``x``, ``y``, ``point_index``, …); none if not `selectable`.
     """
-    drawn = st.plotly_chart(
+    st.plotly_chart(
         _Themed(fig, height),
         theme=None,
         key=key,
         config=_CONFIG,
         alt=sentence,
-        on_select="rerun" if selectable else "ignore",
-        selection_mode="points",
     )
     st.caption(plain(sentence))
-    return drawn.selection.points if selectable else []
 
 
 class _Themed(BaseFigure):

@@ -22,8 +22,8 @@ export default function ({ data, setTriggerValue }) {
     if (!plot || heard.has(plot)) return
     heard.add(plot)
     plot.on("plotly_click", ({ points }) => {
-      const { x, y } = points[0]
-      if (Number.isInteger(x) && Number.isInteger(y)) latest.get(data.key)?.({ x, y })
+      const { x, y, curveNumber } = points[0]
+      if (curveNumber < data.traces && Number.isInteger(x) && Number.isInteger(y)) latest.get(data.key)?.({ x, y })
     })
   }
   document.addEventListener("pointerover", attach, { passive: true })
@@ -34,12 +34,13 @@ export default function ({ data, setTriggerValue }) {
 _listener = st.components.v2.component("workbench_heatmap_clicks", html="<span hidden></span>", js=_JS)
 
 
-def on_cell_click(key: str, then: Callable[[int, int], None]) -> None:
+def on_cell_click(key: str, then: Callable[[int, int], None], *, traces: int = 1) -> None:
     """Call `then(x, y)`, before the page is drawn again, when a cell of a heat map is clicked.
 
     Args:
         key: the one that the figure was drawn with by `ui.chart.figure`.
         then: gets the column and the row of the cell, counted from 0; it may set widgets through `st.session_state`.
+        traces: how many of the figure's first traces are maps whose cells count.
     """
     name = f"{key}_clicks"
 
@@ -48,4 +49,4 @@ def on_cell_click(key: str, then: Callable[[int, int], None]) -> None:
         if cell:
             then(int(cell["x"]), int(cell["y"]))
 
-    _listener(key=name, data={"key": key}, on_cell_change=clicked, height=1)
+    _listener(key=name, data={"key": key, "traces": traces}, on_cell_change=clicked, height=1)

@@ -43,9 +43,9 @@ def show(names: Sequence[str]) -> None:
     """
     for name in names:
         found = read(name)
-        st.subheader(found.name, anchor=False)
+        st.header(found.name, anchor=False)
         cited = "".join(f" · [{_label(link)}]({link})" for link in found.links)
-        st.caption(f"`{found.path}`, line {found.line}{cited}")
+        st.markdown(f"{found.path}, line {found.line}{cited}")
         st.code(found.text, language="python", wrap_lines=True)
 
 

@@ -47,7 +47,7 @@ class Surface:
 
 
 SURFACES: dict[Mode, Surface] = {
-    "light": Surface("#FFFFFF", "#17222B", "#44545F", "#B9C6CC", "#E6ECEE", "#0B6B7E"),
+    "light": Surface("#FFFFFF", "#10191F", "#44545F", "#B9C6CC", "#E6ECEE", "#0B6B7E"),
     "dark": Surface("#0F1519", "#E4EBEE", "#B4C1C8", "#4A5A64", "#253037", "#4FB3C6"),
 }
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field, field_validator
 
-from engine.errors import InputError
+from engine.errors import InputError, JobCancelledError
 from engine.experiments import ExperimentParams
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 128
 """Longer texts make maps in which nobody can read a token."""
+
+MAX_CHARACTERS = 20_000
+
+SHIPPED = ("smollm2-135m", "all-minilm-l6-v2")
+"""Models that come as wheels."""
 
 REPEATING_TEXT = "Mr Zabriskie met a purple owl in Lisbon. Later Mr Zabriskie met a purple"
 """A text in which the next token is to be found by looking back: induction heads show what they do."""
@@ -41,7 +46,6 @@ class TextParams(ExperimentParams):
         "When Mary and John went to the store, John gave a drink to",
         title="Your text",
         description=f"Anything you like, up to {MAX_TOKENS} tokens.",
-        max_length=20_000,
         json_schema_extra={"widget": "area"},
     )
     model: str = Field(
@@ -62,6 +66,10 @@ class TextParams(ExperimentParams):
     @field_validator("text")
     @classmethod
     def _something_to_read(cls, text: str) -> str:
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(
+                f"The text has {len(text):,} characters; the lab takes {MAX_CHARACTERS:,}: paste a part of it."
+            )
         if not text:
             raise ValueError("The text is empty: type a few words.")
         if not text.strip():
@@ -123,13 +131,16 @@ class HeadParams(TextParams):
         return self.temperature != 1.0 or self.mask != "own"
 
 
-def note(params: HeadParams, length: int) -> str:
-    """A sentence for settings that are allowed and do nothing on a text of `length` tokens, else empty."""
-    if params.mask == "sliding window" and params.window >= length:
-        return f"A window of {params.window} covers all {length} tokens: it hides nothing that is not hidden already."
-    if params.mask == "prefix LM" and params.prefix >= length:
-        return f"A prefix of {params.prefix} covers all {length} tokens: every token sees every other."
-    return ""
+def note(params: HeadParams, chosen: Tensor, own: Tensor) -> str:
+    """A sentence for a mask that makes no difference on this text, else empty; both masks are bool (T, T)."""
+    length = len(own)
+    if params.mask == "own" or not chosen.equal(own):
+        return ""
+    what = {
+        "sliding window": f"A window of {params.window} on {length} tokens",
+        "prefix LM": f"A prefix of {params.prefix}",
+    }.get(params.mask, f"The {params.mask} mask")
+    return f"{what} allows exactly what the model's own mask allows here: it changes nothing."
 
 
 def read(params: TextParams, job: Job) -> tuple[Pretrained, tuple[int, ...]]:
@@ -141,13 +152,15 @@ def read(params: TextParams, job: Job) -> tuple[Pretrained, tuple[int, ...]]:
     from engine import pretrained
 
     model = pretrained.load(params.model, job.device)
-    ids = model.encode(params.text)
-    if len(ids) > MAX_TOKENS and not params.cut:
+    if job.cancelled:
+        raise JobCancelledError("The job was cancelled while its model was loaded.")
+    ids = model.encode(model.truncate(params.text, MAX_TOKENS) if params.cut else params.text)
+    if len(ids) > MAX_TOKENS:
         raise InputError(
             f"The text has {len(ids)} tokens; the lab shows up to {MAX_TOKENS}. Shorten it, or cut it to the first "
             f"{MAX_TOKENS}."
         )
-    return model, tuple(ids[:MAX_TOKENS])
+    return model, tuple(ids)
 
 
 def check_head(params: HeadParams, num_layers: int, num_heads: int, length: int) -> None:
@@ -170,6 +183,7 @@ def without(ids: tuple[int, ...], drop: int) -> tuple[int, ...]:
 
 _KEPT = 6
 _kept: WeakKeyDictionary[Pretrained, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
+_probes: WeakKeyDictionary[Pretrained, dict[str, tuple[Tensor, int]]] = WeakKeyDictionary()
 
 
 def _keep(model: Pretrained, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -201,7 +215,7 @@ def changed_trace(model: Pretrained, params: HeadParams, ids: tuple[int, ...]) -
     one_head = params.reach == "this head"
     change = tracing.Intervention(
         temperature=params.temperature,
-        mask=mask_matrix(params, trace(model, params.weights, ids), params.layer),
+        mask=None if params.mask == "own" else mask_matrix(params, trace(model, params.weights, ids), params.layer),
         layer=params.layer if one_head else None,
         head=params.head if one_head else None,
     )
@@ -211,15 +225,16 @@ def changed_trace(model: Pretrained, params: HeadParams, ids: tuple[int, ...]) -
 
 
 def mask_matrix(params: HeadParams, own: Trace, layer: int) -> Tensor:
-    """The chosen mask as a bool (T, T) on the trace's device."""
+    """The chosen mask as a bool (T, T) on the trace's device. A window keeps the direction of the model's own mask."""
     from engine.masks import bidirectional, causal, intersection, materialize, prefix_lm, sliding_window
 
     if params.mask == "own":
         return own.masks[layer]
+    looks_ahead = bool(own.masks[layer].triu(1).any())
     chosen = {
         "causal": lambda: causal,
         "bidirectional": lambda: bidirectional,
-        "sliding window": lambda: intersection(causal, sliding_window(params.window)),
+        "sliding window": lambda: intersection(bidirectional if looks_ahead else causal, sliding_window(params.window)),
         "prefix LM": lambda: prefix_lm(params.prefix),
     }[params.mask]()
     return materialize(chosen, len(own.tokens), device=own.attention.device)
@@ -230,8 +245,15 @@ def untrained_trace(model: Pretrained, ids: tuple[int, ...], change: Interventio
     import torch
 
     from engine.attention import MultiHeadAttention, attend
-    from engine.masks import causal, materialize
+    from engine.masks import bidirectional, causal, materialize
     from engine.tracing import Trace
+
+    width = model.model.get_input_embeddings().embedding_dim
+    if width != model.d_model:
+        raise InputError(
+            f"{model.name} has token embeddings of width {width} and layers of width {model.d_model}: an untrained "
+            "layer cannot read them as they are."
+        )
 
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
@@ -239,12 +261,16 @@ def untrained_trace(model: Pretrained, ids: tuple[int, ...], change: Interventio
         embedded = model.model.get_input_embeddings()(torch.tensor([ids], device=model.device)).float()
         x = torch.nn.functional.layer_norm(embedded, (model.d_model,))  # (1, T, D)
         query, key, value = attention.project(x, x, x)  # (1, H, T, d)
-        own = materialize(causal, len(ids), device=model.device)  # (T, T)
+        own = materialize(bidirectional if model.kind == "encoder" else causal, len(ids), device=model.device)  # (T, T)
         output, weights = attend(query, key, value, own)
         if change is not None:
             heads = slice(None) if change.head is None else slice(change.head, change.head + 1)
             output[:, heads], weights[:, heads] = attend(
-                query[:, heads], key[:, heads], value[:, heads], change.mask, temperature=change.temperature
+                query[:, heads],
+                key[:, heads],
+                value[:, heads],
+                own if change.mask is None else change.mask,
+                temperature=change.temperature,
             )
         joined = attention.o_proj(output.transpose(1, 2).flatten(2))  # (1, T, D)
     return Trace(
@@ -263,7 +289,10 @@ def untrained_trace(model: Pretrained, ids: tuple[int, ...], change: Interventio
 
 def probe(model: Pretrained, weights: str) -> tuple[Tensor, int]:
     """Attention (L, H, 2P, 2P) on random tokens said twice, averaged over seeds, and P."""
-    return _keep(model, ("probe", weights), lambda: _probe(model, weights))
+    kept = _probes.setdefault(model, {})
+    if weights not in kept:
+        kept[weights] = _probe(model, weights)
+    return kept[weights]
 
 
 def _probe(model: Pretrained, weights: str) -> tuple[Tensor, int]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from engine.experiments import _attention
+from engine.experiments import Lane, _attention
 
 if TYPE_CHECKING:
     from engine.pretrained import Pretrained
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 class Params(_attention.TextParams):
-    """A model and a text."""
+    """A model and a text. A model that may have to be fetched first waits in the long lane, in nobody's way."""
+
+    time_limit: ClassVar[float] = 900.0
+
+    @property
+    def lane(self) -> Lane:
+        """Short for the models that are on the disk from the start."""
+        return "short" if self.model in _attention.SHIPPED else "long"
 
 
 @dataclass(frozen=True)

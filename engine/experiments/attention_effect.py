@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from engine.runtime.jobs import Job
 
 
+_NOTHING = 1e-9
+"""Bits of divergence below which two passes differ by rounding alone."""
+
+
 class Params(_attention.HeadParams):
     """The same knobs as for one head: here they act inside the model."""
 
@@ -51,9 +55,9 @@ def run(params: Params, job: Job) -> Result:
     model, all_ids = _attention.read(params, job)
     original = _attention.trace(model, params.weights, all_ids)
     _attention.check_head(params, *original.attention.shape[:2], len(all_ids))
-    if original.logits is None:
+    if original.logits is None or model.kind == "encoder":
         what = "A lone attention layer" if params.weights == "untrained" else "An encoder"
-        return Result([], 0.0, f"{what} predicts no next token: there are no probabilities to show.")
+        return Result([], 0.0, f"{what} predicts no next token, so there are no probabilities to show.")
     changed = _attention.changed_trace(model, params, _attention.without(all_ids, params.drop))
     before, after = (seen.logits[-1].double().log_softmax(-1) for seen in (original, changed))
     candidates = [
@@ -62,14 +66,16 @@ def run(params: Params, job: Job) -> Result:
     ]
     divergence = max(0.0, torch.sum(before.exp() * (before - after)).item() / torch.log(torch.tensor(2.0)).item())
     was = tracing.next_tokens(original.logits[-1], model, 1)[0]
-    return Result(candidates, divergence, _sentence(was, candidates, after[was.id].exp().item(), original is changed))
+    return Result(candidates, divergence, _sentence(was, candidates, after[was.id].exp().item(), divergence))
 
 
-def _sentence(was: tuple[str, int, float], candidates: list[Candidate], now: float, same: bool) -> str:
+def _sentence(was: tuple[str, int, float], candidates: list[Candidate], now: float, divergence: float) -> str:
     label, _, probability = was
-    if same:
+    if divergence < _NOTHING:
         return f"The model expects “{label}” next, with {probability:.1%}."
     top = candidates[0]
     if top.token == label:
-        return f"The model still expects “{label}”: {probability:.1%} before your change, {now:.1%} now."
-    return f"The model expected “{label}” ({probability:.1%}); now it expects “{top.token}” ({top.after:.1%})."
+        said = f"The model still expects “{label}”: {probability:.1%} before your change, {now:.1%} now."
+    else:
+        said = f"The model expected “{label}” ({probability:.1%}); now it expects “{top.token}” ({top.after:.1%})."
+    return f"{said} KL divergence: {divergence:.2g} bits."

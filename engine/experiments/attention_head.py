@@ -37,7 +37,8 @@ class Result:
         untouched: (U, U) weights of this head without any change, on all U tokens.
         untouched_tokens: U printable labels.
         difference: (U, U) weights less `untouched`; NaN in the row and column of the dropped token.
-        num_layers, num_heads: of the model.
+        moved: share of its attention that a token gives elsewhere than before: the total variation distance between
+            the rows of `weights` and `untouched`, averaged over the tokens that are left.
         sentence: what the head does, in words.
         note: a sentence if a setting has no effect, else empty.
     """
@@ -56,8 +57,7 @@ class Result:
     untouched: np.ndarray
     untouched_tokens: list[str]
     difference: np.ndarray
-    num_layers: int
-    num_heads: int
+    moved: float
     sentence: str
     note: str
 
@@ -81,11 +81,12 @@ def run(params: Params, job: Job) -> Result:
     seen = _attention.changed_trace(model, params, ids) if everywhere else base
     group = head // (num_heads // seen.keys.shape[1])
     query, key, value = seen.queries[layer, head], seen.keys[layer, group], seen.values[layer, group]  # (T, d) each
+    mask = _attention.mask_matrix(params, base, layer)
     stages = attention_stages(
         query[None],
         key[None],
         value[None],
-        _attention.mask_matrix(params, base, layer),
+        mask,
         scale=seen.scales[layer],
         temperature=params.temperature,
     )
@@ -108,10 +109,9 @@ def run(params: Params, job: Job) -> Result:
         untouched=untouched,
         untouched_tokens=original.tokens,
         difference=_difference(weights, untouched, params.drop),
-        num_layers=num_layers,
-        num_heads=num_heads,
+        moved=_moved(weights, untouched, params.drop),
         sentence=describe(weights, seen.tokens, f"Head {layer}.{head}"),
-        note=_attention.note(params, len(ids)),
+        note=_attention.note(params, mask, base.masks[layer]),
     )
 
 
@@ -123,17 +123,26 @@ def _difference(weights: np.ndarray, untouched: np.ndarray, drop: int) -> np.nda
     return difference
 
 
+def _moved(weights: np.ndarray, untouched: np.ndarray, drop: int) -> float:
+    """½ Σ_k |after − before|, averaged over the queries that are left; a dropped token's share counts as moved."""
+    before = untouched if drop < 0 else np.delete(untouched, drop, axis=0)
+    after = weights if drop < 0 else np.insert(weights, drop, 0.0, axis=1)
+    return float(np.abs(after - before).sum(-1).mean() / 2)
+
+
 def describe(weights: np.ndarray, tokens: list[str], name: str) -> str:
     """What a head does on this text, from its weights (T, T): where most of its mass goes, and the last token."""
     length = len(tokens)
     if length == 1:
         return f"{name} has one token to look at, and looks at it."
-    rows = weights[1:]  # the first query of a causal model has no choice
-    index = np.arange(1, length)
+    start = 0 if np.triu(weights, 1).any() else 1  # the first query of a causal model has no choice
+    rows, index = weights[start:], np.arange(1, length)
+    favourite = int(rows.mean(0).argmax())
+    place = "the first token" if favourite == 0 else "the last token" if favourite == length - 1 else "one token"
     patterns = {
-        "on the previous token": rows[index - 1, index - 1].mean(),
-        f"on the first token, “{tokens[0]}”": rows[:, 0].mean(),
-        "on the token itself": rows[index - 1, index].mean(),
+        "on the previous token": weights[index, index - 1].mean(),
+        f"on {place}, “{tokens[favourite]}”": rows[:, favourite].mean(),
+        "on the token itself": rows[np.arange(len(rows)), np.arange(start, length)].mean(),
     }
     where, share = max(patterns.items(), key=lambda item: item[1])
     if share >= 0.4:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import pretrained
+from engine import head_statistics, pretrained, tracing
 from engine.errors import InputError
 from engine.experiments import (
     _attention,
@@ -60,11 +60,29 @@ class TestOverview:
         assert found.on_probe["induction"].max() < 0.3
         assert found.on_probe["previous token"].max() < 0.3
 
+    def test_every_statistic_is_the_one_that_it_is_called(self, overview):
+        model = pretrained.load()
+        seen = tracing.trace(model, model.encode(MARY)).attention
+        for name, statistic in (
+            ("entropy", head_statistics.entropy),
+            ("mean distance", head_statistics.mean_distance),
+            ("previous token", head_statistics.previous_token_score),
+            ("first token", head_statistics.first_token_mass),
+        ):
+            np.testing.assert_allclose(overview.on_text[name], statistic(seen), atol=1e-5)
+        assert overview.on_probe["first token"][16, 0] < 0.2 < 0.8 < overview.on_probe["previous token"][16, 0]
+
     def test_the_fused_difference_is_said_and_small(self, overview):
         assert "differ by at most" in overview.fused_sentence
 
 
 class TestHead:
+    def test_a_change_everywhere_reaches_the_untrained_layer_too(self):
+        settings = {"weights": "untrained", "layer": 0, "head": 3, "temperature": 4.0}
+        one, every = head(**settings), head(**settings, reach="every head")
+        np.testing.assert_allclose(one.weights, every.weights, atol=1e-6)
+        assert not np.allclose(one.layer_mean, every.layer_mean, atol=1e-3)
+
     def test_without_a_change_it_is_the_map_of_the_overview(self, overview):
         found = head(layer=16, head=0)
         np.testing.assert_allclose(found.weights, overview.attention[16, 0], atol=1e-3)
@@ -108,10 +126,35 @@ class TestHead:
             found.difference[np.ix_(kept, kept)] + found.untouched[np.ix_(kept, kept)], found.weights, atol=1e-6
         )
 
-    def test_masks_that_cover_everything_say_so(self):
-        assert "14 tokens" in head(mask="sliding window", window=40).note
-        assert head(mask="sliding window", window=3).note == ""
-        assert "14 tokens" in head(mask="prefix LM", prefix=14).note
+    @pytest.mark.parametrize("values", [{"mask": "sliding window", "window": 40}, {"mask": "causal"}])
+    def test_a_mask_that_changes_nothing_says_so(self, values):
+        assert "it changes nothing" in head(**values).note
+        assert not head(**values).difference.any()
+
+    @pytest.mark.parametrize("values", [{}, {"mask": "sliding window", "window": 3}, {"mask": "prefix LM"}])
+    def test_a_mask_that_changes_something_says_nothing(self, values):
+        assert head(**values).note == ""
+
+    def test_the_mean_of_the_layer_holds_the_changed_head(self):
+        """Against a full pass with the same intervention in it, and not equal to the untouched mean."""
+        model = pretrained.load()
+        ids = model.encode(MARY)
+        change = tracing.Intervention(temperature=3.0, layer=5, head=2)
+        found = head(layer=5, head=2, temperature=3.0)
+        np.testing.assert_allclose(found.layer_mean, tracing.trace(model, ids, change).attention[5].mean(0), atol=1e-6)
+        assert not np.allclose(found.layer_mean, tracing.trace(model, ids).attention[5].mean(0), atol=1e-3)
+
+    @pytest.mark.parametrize("values", [{"temperature": 2.0}, {"drop": 0}, {"drop": 7, "temperature": 0.5}])
+    def test_moved_is_the_total_variation_distance(self, values):
+        found = head(layer=16, head=0, **values)
+        distances, after = [], iter(found.weights)
+        for query, row in enumerate(found.untouched):
+            if query != values.get("drop"):
+                now = list(next(after))
+                if "drop" in values:
+                    now.insert(values["drop"], 0.0)
+                distances.append(sum(max(0.0, new - old) for new, old in zip(now, row, strict=True)))
+        assert found.moved == pytest.approx(np.mean(distances), abs=1e-5)
 
     def test_a_prefix_sees_itself_in_both_directions(self):
         found = head(mask="prefix LM", prefix=4)
@@ -154,6 +197,21 @@ class TestEffect:
         one = effect(layer=0, head=0, temperature=3.0)
         every = effect(layer=0, head=0, temperature=3.0, reach="every head")
         assert 0 < one.divergence < every.divergence
+
+    @pytest.mark.parametrize("values", [{"drop": 1}, {"temperature": 3.0, "reach": "every head"}])
+    def test_the_divergence_is_that_of_the_next_tokens_before_and_after(self, values):
+        model = pretrained.load()
+        ids = model.encode(MARY)
+        change = tracing.Intervention(values.get("temperature", 1.0))
+        before = tracing.trace(model, ids).logits[-1].double().log_softmax(-1)
+        kept = ids[:1] + ids[2:] if "drop" in values else ids
+        after = tracing.trace(model, kept, change).logits[-1].double().log_softmax(-1)
+        expected = torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum") / np.log(2)
+        found = effect(**values)
+        assert found.divergence == pytest.approx(expected.item(), rel=1e-3)
+        for candidate in found.candidates[:3]:
+            index = model.readable(list(range(model.vocab_size))).index(candidate.token)
+            assert candidate.before == pytest.approx(before[index].exp().item(), rel=1e-3)
 
     def test_an_untrained_layer_predicts_nothing_and_says_so(self):
         found = effect(weights="untrained", layer=0)
@@ -224,6 +282,63 @@ def test_an_encoder_sees_both_ways_and_predicts_nothing():
     assert np.triu(found.attention.astype(np.float32), 1).any()
     result = attention_effect.run(attention_effect.Params(text=MARY, model="all-minilm-l6-v2", layer=0), LocalJob())
     assert "encoder" in result.sentence
+
+
+def test_a_masked_language_model_has_logits_and_still_no_next_token(tmp_path):
+    settings = {"text": "Mary gave John a drink", "model": str(save(tmp_path / "masked", "masked")), "layer": 0}
+    found = attention_effect.run(attention_effect.Params(**settings), LocalJob())
+    assert found.candidates == []
+    assert "An encoder predicts no next token" in found.sentence
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_window_of_an_encoder_looks_both_ways(tmp_path, window):
+    settings = {"text": "Mary gave John a drink", "model": str(save(tmp_path / "bert", "bert")), "layer": 0}
+    found = attention_head.run(attention_head.Params(**settings, mask="sliding window", window=window), LocalJob())
+    distance = np.abs(np.subtract.outer(np.arange(len(found.tokens)), np.arange(len(found.tokens))))
+    np.testing.assert_array_equal(found.weights > 0, distance < window)
+
+
+def test_the_own_mask_of_each_layer_stays_its_own(tmp_path):
+    """A model of Mistral's kind has a window of 4 in every layer: a temperature everywhere must not lift it."""
+    folder = str(save(tmp_path / "mistral", "mistral"))
+    text = "Mary gave John a drink, and John gave Mary a drink"
+    settings = {"text": text, "model": folder, "temperature": 0.9, "reach": "every head"}
+    model = pretrained.load(folder)
+    ids = tuple(model.encode(text))
+    changed = _attention.changed_trace(model, attention_head.Params(**settings, layer=0), ids)
+    assert not changed.attention.masked_select(~changed.masks[:, None].expand_as(changed.attention)).any()
+    params = attention_head.Params(**settings, layer=2, mask="bidirectional")
+    assert _attention.changed_trace(model, params, ids).attention[0].triu(1).any()
+
+
+def test_cutting_keeps_an_encoders_last_token():
+    text = "word " * 300
+    found = attention.run(attention.Params(text=text, model="all-minilm-l6-v2", cut=True), LocalJob())
+    assert len(found.tokens) <= MAX_TOKENS
+    assert found.tokens[-1] == "[SEP]"
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (np.eye(6)[[0, 0, 1, 2, 3, 4]], "100% of its mass on the previous token"),
+        (np.eye(6)[[3] * 6], "on one token, “d”"),
+        (np.eye(6)[[5] * 6], "on the last token, “f”"),
+        (np.eye(6), "on the token itself"),
+        (np.eye(6)[[0] * 6], "on the first token, “a”"),
+        (np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None], "spreads its attention over about 3.7 tokens"),
+    ],
+)
+def test_descriptions_are_true(weights, words):
+    assert words in attention_head.describe(weights.astype(np.float32), list("abcdef"), "Head 0.0")
+
+
+def test_the_share_that_makes_a_pattern_is_two_fifths():
+    one, other = np.eye(6)[[0, 0, 1, 2, 3, 4]], np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None]
+    names = list("abcdef")
+    assert "previous token" in attention_head.describe((0.5 * one + 0.5 * other), names, "Head")
+    assert "spreads" in attention_head.describe((0.02 * one + 0.98 * other), names, "Head")
 
 
 def test_what_is_kept_of_a_model_does_not_keep_the_model():

@@ -153,3 +153,11 @@ def test_every_figure_can_be_drawn_for_one_token(mode):
     charts.out_of(one[0], ["a"], 0, mode=mode).to_json()
     charts.difference(one * 0, ["a"], mode=mode).to_json()
     charts.stages(one, one, one, one, one, ["a"], scaling="÷ 8", mode=mode).to_json()
+
+
+def test_tokens_that_look_like_markup_are_shown_letter_by_letter():
+    """Plotly takes <s>, the first token of many models, for a tag and would show nothing."""
+    fig = charts.weights(causal(3), ["<s>", "a&b", "<a href='x'>"])
+    assert list(fig.layout.xaxis.ticktext) == ["&lt;s>", "a&amp;b", "&lt;a href='x'>"]
+    assert fig.layout.yaxis.ticktext == fig.layout.xaxis.ticktext
+    assert charts.next_tokens(["<s>"], [1.0], [1.0]).layout.yaxis.ticktext == ("&lt;s>",)

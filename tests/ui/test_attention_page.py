@@ -182,7 +182,7 @@ class TestBadInput:
 
     def test_a_window_longer_than_the_text_does_nothing_and_says_so(self, lab):
         app = lab(view="One head", mask="sliding window", window=100)
-        assert "A window of 100 covers all 14 tokens" in words(app)
+        assert "A window of 100 on 14 tokens allows exactly what the model's own mask allows" in words(app)
 
 
 def test_the_untrained_layer_has_no_roles_and_predicts_nothing(lab):

@@ -148,7 +148,12 @@ class TestStages:
         ]
         assert entropies == sorted(entropies)
 
-    @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+    def test_a_negative_scale_turns_the_preference_around_and_stays_finite(self):
+        q, k, v = normal(3, 1, 2, 5, 8)
+        torch.testing.assert_close(attend(q, k, v, scale=-0.5)[1], (-0.5 * q @ k.mT).softmax(-1))
+        assert attend(q * 1e15, k * 1e15, v, scale=-1e10)[1].isfinite().all()
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, 1e-320])
     def test_a_temperature_that_is_not_positive_is_refused(self, temperature):
         with pytest.raises(ValueError, match="temperature"):
             attend(*normal(3, 1, 2, 3, 4), temperature=temperature)
@@ -185,6 +190,22 @@ class TestMultiHeadAttention:
         torch.manual_seed(seed)
         x = torch.randn(8, 16, 512)
         assert MultiHeadAttention(512, 8).stages(x, x, x).scaled.std().item() == pytest.approx(2, rel=0.1)
+
+    def test_fresh_values_and_outputs_keep_the_variance_of_the_input(self):
+        torch.manual_seed(0)
+        attention, x = MultiHeadAttention(512, 8), torch.randn(4, 16, 512)
+        assert attention.v_proj(x).std().item() == pytest.approx(1, rel=0.1)
+        assert attention.o_proj(x).std().item() == pytest.approx(1, rel=0.1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("share", [1.0, -1.0, 0.5, 1e-3])
+    def test_never_nan_or_inf_for_finite_input(self, dtype, share):
+        torch.manual_seed(0)
+        x = torch.full((1, 4, 64), share * torch.finfo(dtype).max, dtype=dtype)
+        x[:, ::2] *= -1
+        output, weights = MultiHeadAttention(64, 4, rotary=RotaryEmbedding(16)).to(dtype)(x, x, x)
+        assert output.isfinite().all()
+        assert weights.isfinite().all()
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("seed", SEEDS)

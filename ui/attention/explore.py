@@ -58,15 +58,18 @@ def _next_token(params: attention_head.Params) -> None:
 
 def _fused_note(given: Settings) -> None:
     seen = given.overview
-    with st.expander(
-        plain(seen.fused_sentence), icon=":material/bolt:", on_change="rerun", key=f"{PREFIX}_fused"
-    ) as note:
+    st.caption(plain(f"{seen.source} {seen.fused_sentence}"))
+    if given.params.weights == "untrained":
+        return
+    with st.expander("Time both ways", icon=":material/speed:", on_change="rerun", key=f"{PREFIX}_fused") as note:
         if note.open:
             text = attention_fused.Params(**given.params.model_dump(include=set(attention_fused.Params.model_fields)))
             found = run.run("attention_fused", text, key=f"{PREFIX}_fused_run")
             if found:
                 st.markdown(plain(found.sentence))
+                st.caption("The pass that keeps every map")
                 evidence.evidence(found.eager)
+                st.caption("The same pass through the fused kernel")
                 evidence.evidence(found.fused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ui.attention.settings import PREFIX, Settings
 from ui.charts import attention as charts
 from ui.prose import plain
 
+THIS, MEAN = "This head", "Mean of the layer"
 ONE, STEPS, ARCS, TOKEN, CHANGE = "One head", "Step by step", "Arcs", "One token", "What changed"
 
 
@@ -24,12 +26,12 @@ def one_head(given: Settings, view: str) -> None:
     bar = st.container(horizontal=True, vertical_alignment="center")
     with bar:
         pinned = compare.pin(params, prefix=PREFIX)
-        whose = ONE
+        whose = THIS
         if view in (ONE, ARCS, TOKEN):
             whose = st.segmented_control(
                 "Whose weights",
-                ("This head", "Mean of the layer"),
-                default="This head",
+                (THIS, MEAN),
+                default=THIS,
                 required=True,
                 key=f"{PREFIX}_whose",
                 bind="query-params",
@@ -44,6 +46,7 @@ def one_head(given: Settings, view: str) -> None:
         if found is None:
             return
         results.append((side, run.params_of(f"{key}_run") or wanted, found))
+    chosen = _CHOICES[view](results[-1][2]) if view in _CHOICES else None
     places = st.columns(len(results)) if view != STEPS else [st.container() for _ in results]
     for place, (side, wanted, found) in zip(places, results, strict=True):
         with place:
@@ -51,7 +54,41 @@ def one_head(given: Settings, view: str) -> None:
                 st.markdown(f"**{side}** · head {wanted.layer}.{wanted.head}")
             if found.note:
                 st.info(plain(found.note), icon=":material/info:")
-            _HEAD_VIEWS[view](found, wanted, f"{PREFIX}_{view.replace(' ', '')}{side}", whose == "Mean of the layer")
+            shown = _Shown(found, wanted, f"{PREFIX}_{view.replace(' ', '')}{side}", whose == MEAN, side != "A", chosen)
+            _HEAD_VIEWS[view](shown)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A head as one view draws it.
+
+    Args:
+        found: the head.
+        params: what it was computed with.
+        key: of the figure.
+        mean: whether the mean of the layer's heads is asked for.
+        leads: whether this is the learner's own run, which the controls belong to, and not the pinned one.
+        chosen: what was chosen above the figures, for both: a threshold in per cent, or a query.
+    """
+
+    found: attention_head.Result
+    params: attention_head.Params
+    key: str
+    mean: bool
+    leads: bool
+    chosen: int | None
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.found.layer_mean if self.mean else self.found.weights
+
+
+def _threshold(_: attention_head.Result) -> int:
+    return st.slider("Show arcs from", 1, 100, 15, format="%d %%", key=f"{PREFIX}_threshold", bind="query-params")
+
+
+def _query(found: attention_head.Result) -> int:
+    return _token_choice("query", "Query (who looks)", found.tokens, len(found.tokens) - 1)
 
 
 def _cell(found: attention_head.Result) -> charts.Cell:
@@ -85,31 +122,37 @@ def _choose_cell(found: attention_head.Result, key: int, query: int) -> None:
         st.session_state[f"{PREFIX}_query"], st.session_state[f"{PREFIX}_key"] = query, key
 
 
-def _map(found: attention_head.Result, params: attention_head.Params, key: str, mean: bool) -> None:
-    first = not key.endswith("A")
-    allowed = ~np.isneginf(found.masked)
+def _map(shown: _Shown) -> None:
+    found, params = shown.found, shown.params
     figure_place, beside = st.container(), st.container()
     cell = None
-    if first and not mean:
+    if shown.leads and not shown.mean:
         with beside:
             cell = _cell(found)
             st.markdown(arithmetic(found, *cell, params.temperature))
-    matrix = found.layer_mean if mean else found.weights
-    name = f"All heads of layer {params.layer}, averaged," if mean else f"Head {params.layer}.{params.head}"
-    sentence = attention_head.describe(matrix, found.tokens, name)
+    name = f"All heads of layer {params.layer}, averaged," if shown.mean else f"Head {params.layer}.{params.head}"
     with figure_place:
-        fig = charts.weights(matrix, found.tokens, allowed=allowed, cell=cell, mode=theme.mode())
-        chart.figure(fig, key=key, sentence=sentence, height=500)
-        if first:
-            clicks.on_cell_click(key, lambda x, y: _choose_cell(found, x, y))
-        _export_matrix(fig, key, matrix, found.tokens, params)
+        fig = charts.weights(
+            shown.weights, found.tokens, allowed=~np.isneginf(found.masked), cell=cell, mode=theme.mode()
+        )
+        sentence = attention_head.describe(shown.weights, found.tokens, name)
+        chart.figure(fig, key=shown.key, sentence=sentence, height=500)
+        if shown.leads:
+            clicks.on_cell_click(shown.key, lambda x, y: _choose_cell(found, x, y))
+        _export_matrix(fig, shown, shown.weights, found.tokens, found.tokens)
 
 
-def _steps(found: attention_head.Result, params: attention_head.Params, key: str, mean: bool) -> None:
-    first = not key.endswith("A")
+def _steps(shown: _Shown) -> None:
+    found, params = shown.found, shown.params
     figure_place = st.container()
-    cell = _cell(found) if first else None
+    cell = _cell(found) if shown.leads else None
     scaling = f"× {found.scale:.3g}" if params.temperature == 1 else f"× {found.scale:.3g} ÷ {params.temperature:g}"
+    hidden = np.isneginf(found.masked).mean()
+    sentence = (
+        f"The scores span {found.scores.min():.3g} to {found.scores.max():.3g}; scaled, "
+        f"{found.scaled.min():.3g} to {found.scaled.max():.3g}. The mask removes {hidden:.0%} of the cells; "
+        f"the largest weight that is left is {found.weights.max():.0%}."
+    )
     with figure_place:
         fig = charts.stages(
             found.scores,
@@ -122,102 +165,73 @@ def _steps(found: attention_head.Result, params: attention_head.Params, key: str
             cell=cell,
             mode=theme.mode(),
         )
-        hidden = np.isneginf(found.masked).mean()
-        sentence = (
-            f"The scores span {found.scores.min():.3g} to {found.scores.max():.3g}; scaled, "
-            f"{found.scaled.min():.3g} to {found.scaled.max():.3g}. The mask removes {hidden:.0%} of the cells; "
-            f"the largest weight that is left is {found.weights.max():.0%}."
-        )
-        chart.figure(fig, key=key, sentence=sentence, height=400)
-        if first:
-            clicks.on_cell_click(key, lambda x, y: _choose_cell(found, x, y))
-        _export_matrix(fig, key, found.weights, found.tokens, params)
+        chart.figure(fig, key=shown.key, sentence=sentence, height=400)
+        if shown.leads:
+            clicks.on_cell_click(shown.key, lambda x, y: _choose_cell(found, x, y), traces=4)
+        _export_matrix(fig, shown, found.weights, found.tokens, found.tokens)
     if cell:
         st.markdown(arithmetic(found, *cell, params.temperature))
 
 
-def _arcs(found: attention_head.Result, params: attention_head.Params, key: str, mean: bool) -> None:
-    threshold = st.session_state.get(f"{PREFIX}_threshold", 15)
-    if not key.endswith("A"):
-        threshold = st.slider(
-            "Show arcs from", 1, 100, 15, format="%d %%", key=f"{PREFIX}_threshold", bind="query-params"
-        )
-    matrix = found.layer_mean if mean else found.weights
-    shown = int((matrix >= threshold / 100).sum())
-    total = int((matrix > 0).sum())
-    fig = charts.arcs(matrix, found.tokens, threshold / 100, mode=theme.mode())
+def _arcs(shown: _Shown) -> None:
+    matrix, tokens = shown.weights, shown.found.tokens
+    fig = charts.arcs(matrix, tokens, shown.chosen / 100, mode=theme.mode())
+    drawn = matrix >= shown.chosen / 100
     sentence = (
-        f"{shown} of {total} connections carry at least {threshold} %; together they hold "
-        f"{matrix[matrix >= threshold / 100].sum() / matrix.sum():.0%} of the mass."
+        f"{drawn.sum()} of {(matrix > 0).sum()} connections carry at least {shown.chosen} %; together they hold "
+        f"{matrix[drawn].sum() / matrix.sum():.0%} of the mass."
     )
-    chart.figure(fig, key=key, sentence=sentence, height=420)
-    _export_matrix(fig, key, matrix, found.tokens, params)
+    chart.figure(fig, key=shown.key, sentence=sentence, height=420)
+    _export_matrix(fig, shown, matrix, tokens, tokens)
 
 
-def _token(found: attention_head.Result, params: attention_head.Params, key: str, mean: bool) -> None:
-    last = len(found.tokens) - 1
-    query = min(st.session_state.get(f"{PREFIX}_query", last), last)
-    if not key.endswith("A"):
-        query = _token_choice("query", "Query (who looks)", found.tokens, last)
-    row = (found.layer_mean if mean else found.weights)[query]
-    fig = charts.out_of(row, found.tokens, query, mode=theme.mode())
-    if row.sum() == 0:
-        sentence = f"“{found.tokens[query]}” may look at nothing: the mask forbids every key."
-    else:
-        best = int(row.argmax())
-        effective = np.exp(-(row * np.log(np.where(row > 0, row, 1))).sum())
-        sentence = (
-            f"“{found.tokens[query]}” looks most at “{found.tokens[best]}” ({row[best]:.0%}); "
-            f"in effect it looks at {effective:.1f} tokens."
-        )
-    chart.figure(fig, key=key, sentence=sentence, height=420)
-    _export_matrix(fig, key, row[None], found.tokens, params, [found.tokens[query]])
+def _token(shown: _Shown) -> None:
+    tokens = shown.found.tokens
+    query = min(shown.chosen, len(tokens) - 1)  # the pinned run may be of a shorter text
+    row = shown.weights[query]
+    best = int(row.argmax())
+    effective = np.exp(-(row * np.log(np.where(row > 0, row, 1))).sum())
+    fig = charts.out_of(row, tokens, query, mode=theme.mode())
+    sentence = (
+        f"“{tokens[query]}” looks most at “{tokens[best]}” ({row[best]:.0%}); in effect it looks at "
+        f"{effective:.1f} tokens."
+    )
+    chart.figure(fig, key=shown.key, sentence=sentence, height=420)
+    _export_matrix(fig, shown, row[None], [tokens[query]], tokens)
 
 
-def _change(found: attention_head.Result, params: attention_head.Params, key: str, mean: bool) -> None:
-    moved = np.nan_to_num(found.difference)
-    if not moved.any():
+def _change(shown: _Shown) -> None:
+    found, tokens = shown.found, shown.found.untouched_tokens
+    change = np.nan_to_num(found.difference)
+    if not found.moved:
         st.info(
             "Nothing has changed yet: move the temperature, choose a mask, or drop a token, and this view shows what "
             "that does to the head.",
             icon=":material/tune:",
         )
         return
-    fig = charts.difference(found.difference, found.untouched_tokens, mode=theme.mode())
-    query, target = np.unravel_index(np.abs(moved).argmax(), moved.shape)
-    tokens = found.untouched_tokens
+    fig = charts.difference(found.difference, tokens, mode=theme.mode())
+    query, target = np.unravel_index(np.abs(change).argmax(), change.shape)
     sentence = (
-        f"The largest change: “{tokens[query]}” now gives “{tokens[target]}” {moved[query, target]:+.0%} "
-        f"({found.untouched[query, target]:.0%} before). On average a token moves "
-        f"{np.abs(moved).sum() / 2 / len(found.tokens):.0%} of its attention."
+        f"The largest change: “{tokens[query]}” now gives “{tokens[target]}” {change[query, target]:+.0%} "
+        f"({found.untouched[query, target]:.0%} before). On average a token moves {found.moved:.0%} of its attention."
     )
-    chart.figure(fig, key=key, sentence=sentence, height=500)
-    _export_matrix(fig, key, found.difference, tokens, params)
+    chart.figure(fig, key=shown.key, sentence=sentence, height=500)
+    _export_matrix(fig, shown, found.difference, tokens, tokens)
 
 
+_CHOICES = {ARCS: _threshold, TOKEN: _query}
 _HEAD_VIEWS = {ONE: _map, STEPS: _steps, ARCS: _arcs, TOKEN: _token, CHANGE: _change}
 
 
-def _export_matrix(
-    fig: Any,
-    key: str,
-    matrix: np.ndarray,
-    tokens: list[str],
-    params: attention_head.Params,
-    queries: list[str] | None = None,
-) -> None:
-    queries = queries or tokens
+def _export_matrix(fig: Any, shown: _Shown, matrix: np.ndarray, queries: list[str], keys: list[str]) -> None:
     export.export(
         fig,
-        key=key,
-        name=f"attention-{params.layer}.{params.head}",
+        key=shown.key,
+        name=f"attention-{shown.params.layer}.{shown.params.head}",
         experiment="attention_head",
-        params=params,
+        params=shown.params,
         data=lambda: pd.DataFrame(
-            {
-                "query": np.repeat(queries, len(tokens)),
-                "key": np.tile(tokens, len(queries)),
-                "weight": matrix.ravel(),
-            }
+            {"query": np.repeat(queries, len(keys)), "key": np.tile(keys, len(queries)), "weight": matrix.ravel()}
         ),
     )

@@ -17,6 +17,7 @@ from ui.attention.settings import PREFIX, Settings
 from ui.charts import attention as charts
 
 _GALLERY = (3, 8)
+_SHARE = "{:.0%}".format
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Order:
     sign: int
     meaning: str
 
+    @property
+    def share(self) -> bool:
+        """Whether the number is a share of the mass."""
+        return self.show is _SHARE
+
 
 EVERY = "Every head"
 INDUCTION = "Induction heads"
@@ -46,18 +52,18 @@ ORDERS = {
         Order(
             INDUCTION,
             lambda r: r.on_probe["induction"],
-            "{:.0%}".format,
+            _SHARE,
             1,
             "mass on the token that followed the same token before, on random tokens said twice",
         ),
         Order(
             "Previous-token heads",
             lambda r: r.on_probe["previous token"],
-            "{:.0%}".format,
+            _SHARE,
             1,
             "mass on the previous token, on random tokens said twice",
         ),
-        Order("Sinks", lambda r: r.on_text["first token"], "{:.0%}".format, 1, "mass on the first token of your text"),
+        Order("Sinks", lambda r: r.on_text["first token"], _SHARE, 1, "mass on the first token of your text"),
         Order(
             "Most focused",
             lambda r: np.exp(r.on_text["entropy"]),
@@ -104,8 +110,11 @@ def all_heads(given: Settings) -> None:
         cells = [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(ranked, values.shape), strict=True)]
         grid = [cells[start : start + columns] for start in range(0, len(cells), columns)]
         titles = {cell: f"{cell[0]}.{cell[1]} · {order.show(values[cell])}" for cell in cells}
-        sentence = f"First is head {titles[cells[0]].replace(' · ', ': ')} ({order.meaning}). Choose a map to open it."
-    if label == INDUCTION:
+        sentence = f"First is head {titles[cells[0]].replace(' · ', ': ')} ({order.meaning})."
+        if order.share:
+            sentence += f" {(values > 0.5).sum()} of {values.size} heads give it more than half of their mass."
+        sentence += " Choose a map to open it."
+    if label == INDUCTION and params.weights == "trained" and seen.kind == "decoder":
         _say_what_repeats(seen.tokens)
     key = f"{PREFIX}_all"
     fig = charts.thumbnails(
@@ -132,8 +141,7 @@ def _say_what_repeats(tokens: list[str]) -> None:
     """Induction heads look up what followed the same token before: say how often your text lets them."""
     again = len(tokens) - len(set(tokens))
     st.caption(
-        f"{again} of the {len(tokens)} tokens of your text occurred before. Only there do these heads find something "
-        "to look up; elsewhere they rest on the first token."
+        f"{again} of the {len(tokens)} tokens of your text occurred before: only there can a head find what followed."
     )
     if again < len(tokens) // 4:
         st.button("Use a text that repeats itself", icon=":material/repeat:", on_click=_use_repeating_text)

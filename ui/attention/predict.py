@@ -35,7 +35,7 @@ def _guess_next(given: Settings) -> None:
         return
     words = [candidate.token.strip("␣").lower() for candidate in found.candidates]
     top = found.candidates[0]
-    place = next((i for i, word in enumerate(words) if word and guess.lower().startswith(word)), None)
+    place = next((i for i, word in enumerate(words) if _is_said_by(guess.lower(), word)), None)
     if place == 0:
         st.success(plain(f"Yes: “{top.token}” is first, with {top.after:.1%}."), icon=":material/check_circle:")
     elif place is not None:
@@ -51,6 +51,11 @@ def _guess_next(given: Settings) -> None:
             plain(f"“{guess}” is not among the ten most probable; first is “{top.token}” ({top.after:.1%})."),
             icon=":material/lightbulb:",
         )
+
+
+def _is_said_by(guess: str, word: str) -> bool:
+    """Whether a token begins the guess: the whole word, or a piece of at least three letters of a longer one."""
+    return guess == word or (len(word) >= 3 and guess.startswith(word))
 
 
 def _guess_target(given: Settings) -> None:

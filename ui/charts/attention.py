@@ -119,6 +119,7 @@ def weights(
         cell: (query, key) to frame.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     return go.Figure(
         _weights_map(matrix, tokens, allowed, _scale("weight", ".0%")), _token_layout(tokens) | _frames(cell, mode)
     )
@@ -146,6 +147,7 @@ def stages(
         cell: (query, key) to frame.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     names = [
         f"{name}<br><sup>{low:.3g} … {high:.3g}</sup>"
         for name, low, high in (
@@ -197,6 +199,7 @@ def arcs(matrix: np.ndarray, tokens: Sequence[str], threshold: float, *, mode: t
         threshold: smallest weight that is drawn, from 0 to 1.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     fig = go.Figure()
     colour = theme.SURFACES[mode].accent
     query, key = np.nonzero(matrix >= max(threshold, 1e-6))
@@ -251,6 +254,7 @@ def out_of(row: np.ndarray, tokens: Sequence[str], query: int, *, mode: theme.Mo
         query: its position.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     colours = [theme.SURFACES[mode].accent] * len(tokens)
     colours[query] = theme.CATEGORIES[mode][1]
     fig = go.Figure(
@@ -282,6 +286,7 @@ def difference(matrix: np.ndarray, tokens: Sequence[str], *, mode: theme.Mode = 
         tokens: T labels of the untouched text.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     found = np.abs(matrix[np.isfinite(matrix)])
     limit = max(found.max(initial=0.0), 0.01)
     heatmap = _map(
@@ -309,6 +314,7 @@ def next_tokens(
         after: their probabilities now.
         mode: light or dark.
     """
+    tokens = _escaped(tokens)
     places = list(range(len(tokens)))
     changed = not np.allclose(before, after, atol=1e-6)
     top = max([*before, *after, 0.01])
@@ -344,6 +350,11 @@ def next_tokens(
             "bargap": 0.25,
         },
     )
+
+
+def _escaped(tokens: Sequence[str]) -> list[str]:
+    """Tokens as Plotly shows them letter by letter: it takes <s> for a tag, and a link for a link."""
+    return [token.replace("&", "&amp;").replace("<", "&lt;") for token in tokens]
 
 
 def _map(
