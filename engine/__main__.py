@@ -17,7 +17,7 @@ import numpy as np
 from engine import experiments
 from engine.errors import InputError, WorkbenchError
 from engine.experiments import Experiment, ExperimentParams
-from engine.runtime.devices import check_fits, torch_device
+from engine.runtime.devices import check_device, check_fits, torch_device
 from engine.runtime.jobs import LocalJob, Progress
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -111,12 +111,13 @@ def _bounds(schema: Mapping[str, Any]) -> list[str]:
 def _run(name: str, values: dict[str, str], device: str | None, as_json: bool) -> None:
     params = experiments.parse(name, values)
     experiment = experiments.get(name)
-    device = device or torch_device()
+    device = torch_device() if device is None else device
+    check_device(device)
     check_fits(params.memory_bytes(), device)
     with _ProgressLine() as progress:
         result = experiment.run(params, LocalJob(device, progress.show))
     if as_json:
-        print(json.dumps(experiments.to_plain(result), ensure_ascii=False))
+        print(json.dumps(experiments.to_plain(result), ensure_ascii=False, allow_nan=False))
     else:
         _print_summary(experiment, params, result)
 

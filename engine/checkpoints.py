@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock
 
+from engine import memory
 from engine.errors import DoesNotFitError, InputError
+from engine.local_models import local_path
 
 HUB_SECONDS = 3.0
 """How long the Hub may take to answer before it counts as out of reach."""
@@ -98,11 +99,6 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     return _from_hub(name, device, dtype)
 
 
-def local_path(name: str) -> Path:
-    """`name` read as a path; there need not be anything."""
-    return Path(os.path.expanduser(name.strip()))  # unlike Path.expanduser, takes ~ before no user's name
-
-
 def cache_folder() -> Path:
     """Where converted models are kept: `WORKBENCH_CACHE`, else transformer-workbench in the user's cache folder."""
     if chosen := os.environ.get("WORKBENCH_CACHE"):
@@ -110,17 +106,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-workbench"
 
 
-def free_memory(device: str) -> int:
-    """Bytes that are free on `device` now, what PyTorch's allocator keeps in reserve included."""
-    if torch.device(device).type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserve
-    return psutil.virtual_memory().available
-
-
 def check_fits(name: str, num_parameters: int, device: str, dtype: torch.dtype) -> None:
     """Raise `DoesNotFitError` if the weights alone, parameters × bytes each, exceed the free memory of `device`."""
-    needed, free = num_parameters * dtype.itemsize, free_memory(device)
+    needed, free = num_parameters * dtype.itemsize, memory.free(device)
     if needed > free:
         raise DoesNotFitError(
             f"The weights of {name} take {needed / _GIB:.1f} GiB ({num_parameters / 1e6:,.0f} million parameters as "

@@ -1,11 +1,13 @@
 """The only place that times or weighs anything.
 
 A figure is worth as much as what is known about how it was taken, so every measurement comes with its `Evidence`:
-device, dtype, versions, warm-up, number of runs, median and spread. While it is taken nobody else may use the device.
+device, dtype, versions, warm-up, number of runs, median and spread. Measurements wait for each other; what else runs on
+the device meanwhile, such as another learner's slider, is not held up and shows in the spread.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import tempfile
@@ -122,10 +124,19 @@ def _peak_of(profile: torch.profiler.profile) -> int:
 
 @contextmanager
 def exclusive(device: str) -> Iterator[None]:
-    """Hold the device: measurements on one host wait for each other."""
-    name = str(torch.device(device)).replace(":", "-")
-    with FileLock(Path(tempfile.gettempdir()) / f"transformer-workbench-{name}.lock"):
+    """Hold the device: the measurements of one user on one host wait for each other, device by device."""
+    with FileLock(lock_path(device)):
         yield
+
+
+def lock_path(device: str) -> Path:
+    """The file that stands for the device: one for every GPU, whatever number this process knows it by.
+
+    It is the user's own, since one user may not open another's files in the folder for temporary ones.
+    """
+    chosen = torch.device(device)
+    name = torch.cuda.get_device_properties(chosen).uuid if chosen.type == "cuda" else chosen.type
+    return Path(tempfile.gettempdir()) / f"transformer-workbench-{os.getuid()}-{name}.lock"
 
 
 def device_name(device: str) -> str:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import threading
 import unicodedata
@@ -28,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from engine import checkpoints
+from engine import checkpoints, local_models
 from engine.errors import InputError
 from engine.tracing import OBSERVED, check_observable
 
@@ -92,10 +91,6 @@ class Pretrained:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model was trained with ([CLS] and [SEP] of BERT)."""
         return self.tokenizer(text, verbose=False).input_ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens included."""
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def readable(self, ids: list[int]) -> list[str]:
         """One printable label per token, never empty.
@@ -169,7 +164,7 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu", dtype: torch.dtype = to
     """The model called `name`; the `MAX_LOADED` used last stay in memory.
 
     The first load of a GGUF file converts it (some twenty seconds), later ones read the converted weights (well under
-    a second for the default).
+    a second for the default). A local model that has changed is loaded anew.
 
     Args:
         name: a short name (smollm2-135m, all-minilm-l6-v2), a Hugging Face id, a folder, or a .gguf file.
@@ -180,7 +175,7 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu", dtype: torch.dtype = to
         InputError: there is no such model, it cannot be read, or its attention cannot be observed.
         DoesNotFitError: parameters × bytes exceed the free memory of the device; checked before weights are read.
     """
-    key = (name.strip(), _modified(name), str(torch.device(device)), dtype)
+    key = (name.strip(), local_models.modified(name), str(torch.device(device)), dtype)
     if (found := _recall(key)) is not None:
         return found
     with _loading_lock:  # one at a time: two loads of one model would read it twice, two of different ones may not fit
@@ -205,16 +200,6 @@ def _recall(key: tuple[str, int, str, torch.dtype]) -> Pretrained | None:
         if key in _loaded:
             _loaded.move_to_end(key)
         return _loaded.get(key)
-
-
-def _modified(name: str) -> int:
-    """When a local model changed last, 0 if it is none: a model that was trained further is loaded anew."""
-    path = checkpoints.local_path(name)
-    try:
-        files = [*path.iterdir()] if os.path.isdir(path) else [path]
-        return max((file.stat().st_mtime_ns for file in files), default=0)
-    except (OSError, ValueError):
-        return 0
 
 
 def _open(checkpoint: checkpoints.Checkpoint, device: str, dtype: torch.dtype) -> Pretrained:

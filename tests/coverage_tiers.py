@@ -37,7 +37,19 @@ TIERS = (
         ("engine/attention.py", "engine/masks.py", "engine/rotary.py", "engine/head_statistics.py"),
     ),
     Tier("core", 95, 90, ("engine/pretrained.py", "engine/tracing.py", "engine/experiments")),
-    Tier("advanced", 90, 85, ("engine/runtime", "engine/checkpoints.py", "engine/measure.py", "engine/__main__.py")),
+    Tier(
+        "advanced",
+        90,
+        85,
+        (
+            "engine/runtime",
+            "engine/checkpoints.py",
+            "engine/measure.py",
+            "engine/memory.py",
+            "engine/local_models.py",
+            "engine/__main__.py",
+        ),
+    ),
     Tier("pages", 90, 80, ("ui", "app_pages", "app.py")),
 )
 

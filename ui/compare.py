@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from engine.experiments import ExperimentParams, sentence
 from ui.prose import plain
 
+MAX_LENGTH = 50_000  # characters of a pinned run in the URL: the longest text that a lab takes, with its quotes escaped
+
 Params = TypeVar("Params", bound=ExperimentParams)
 
 
@@ -61,10 +63,12 @@ def _read(model: type[Params], name: str) -> Params | None:
     if text is None:
         return None
     try:
+        if len(text) > MAX_LENGTH:
+            raise ValueError("a link of ours is never that long")
         return model(**json.loads(text))
     except ValidationError as error:
         reason = sentence(error)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         reason = "It is not readable."
     st.warning(plain(f"The link's pinned run A is ignored. {reason}"), icon=":material/link_off:")
     return None

@@ -11,7 +11,7 @@ import uuid
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -29,6 +29,7 @@ WARM_UP = ("engine.pretrained", "engine.attention")  # imported by the workers b
 
 _PREVIOUS = "What you see is the previous result."
 _RUNNING = ("queued", "running")
+_restart_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,28 @@ def _start() -> Future[Runtime]:
     return future
 
 
+def _start_again(failed: Future[Runtime]) -> None:
+    """Forget the `failed` start, unless another session has done so before: a second runtime would never be closed."""
+    with _restart_lock:
+        if starting() is failed:
+            _start.clear()
+
+
 def workbench() -> Runtime | None:
     """The server's runtime, with this session signed in; None after a sentence and a way out if it did not start."""
-    future = starting()
-    if not future.done():
+    started = starting()
+    if not started.done():
         with st.spinner("Starting the worker…"):
-            futures.wait([future])
-    error = future.exception()
+            futures.wait([started])
+    error = started.exception()
     if error is not None:
         reason = f" {error}" if isinstance(error, WorkbenchError) else ""
         st.error(f"The place where experiments run did not start.{plain(reason)}", icon=":material/power_off:")
-        st.button("Start it again", key="_start_again", icon=":material/refresh:", on_click=_start.clear)
+        st.button(
+            "Start it again", key="_start_again", icon=":material/refresh:", on_click=_start_again, args=(started,)
+        )
         return None
-    runtime = future.result()
+    runtime = started.result()
     presence = _presence(_owner(), runtime)
     runtime.keep(presence.owner)
     return runtime
@@ -188,7 +198,7 @@ def _asked(runtime: Runtime, experiment: str, params: ExperimentParams, key: str
     if slot.params == params:
         return slot
     if slot.ticket is not None:
-        slot.ticket.cancel()
+        slot.ticket.cancel(force=False)
     asked = replace(slot, params=params, ticket=None, problem=None, stopping=False)
     if slot.params is not None and asked.is_answered:
         return _keep(key, asked)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import pkgutil
 import typing
@@ -29,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import InputError
 
 Lane = Literal["short", "long"]
+
+_QUOTED = 40  # characters of what was given that an error repeats
 
 __path__.extend(filter(None, os.environ.get("WORKBENCH_EXPERIMENTS", "").split(os.pathsep)))
 
@@ -51,6 +54,10 @@ class ExperimentParams(BaseModel):
     def memory_bytes(self) -> int:
         """Peak memory that a run takes on its device, in bytes, estimated before the start."""
         return 0
+
+    def cache_token(self) -> str:
+        """What a result depends on beside the parameters, such as the state of a file that they name."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +92,22 @@ def sentence(error: ValidationError) -> str:
     """A pydantic error as one plain sentence per wrong field: the field, the value given and what is allowed."""
     parts = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "parameters"
+        field = _shortened(".".join(str(part) for part in problem["loc"])) or "parameters"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "value_error":
             parts.append(message)
         else:
-            parts.append(f"{field} is {problem['input']!r}: {message[:1].lower()}{message[1:]}.")
+            parts.append(f"{field} is {_quoted(problem['input'])}: {message[:1].lower()}{message[1:]}.")
     return " ".join(parts)
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 2]}…{text[-1]}"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _QUOTED else f"{name[: _QUOTED - 1]}…"
 
 
 def parse(name: str, values: dict[str, Any]) -> ExperimentParams:
@@ -117,15 +133,21 @@ def _split(model: type[ExperimentParams], field: str, value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """`value` as something `json.dumps` takes: dataclasses become dicts, arrays nested lists."""
+    """`value` as something that `json.dumps` takes, by the strict standard.
+
+    Dataclasses and models become dicts, arrays nested lists; NaN and infinity, which JSON does not have, become None.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
+        plain = value.tolist()
+        return to_plain(plain) if value.dtype.kind == "f" and not np.isfinite(value).all() else plain
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, BaseModel):
-        return value.model_dump()
+        return to_plain(value.model_dump())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field, field_validator
 
+from engine import local_models
 from engine.errors import InputError, JobCancelledError
 from engine.experiments import ExperimentParams
 
@@ -62,6 +63,10 @@ class TextParams(ExperimentParams):
     cut: bool = Field(
         False, title="Cut long text", description=f"Use the first {MAX_TOKENS} tokens of a text that is longer."
     )
+
+    def cache_token(self) -> str:
+        """When a local model changed last."""
+        return str(local_models.modified(self.model))
 
     @field_validator("text")
     @classmethod

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import DoesNotFitError
+from engine import memory
+from engine.errors import DoesNotFitError, InputError
 
 GB = 1e9
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "triton", "numpy", "distributed")
@@ -82,41 +83,35 @@ def torch_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def memory(device: str, limit: int | None = None) -> tuple[int, int]:
-    """Free and total memory of a torch device, in bytes, as seen by this process.
+def check_device(device: str) -> None:
+    """Raise `InputError` unless `device` names the CPU or a GPU that there is, e.g. ``"cuda:1"``."""
+    if device == "cpu":
+        return
+    named = re.fullmatch(r"cuda(?::(\d{1,4}))?", device)
+    if named is None:
+        raise InputError(f"{device!r} is no device: give cpu, cuda, or one GPU by its number, such as cuda:0.")
+    import torch
 
-    Args:
-        device: ``"cpu"``, ``"cuda:0"``, …
-        limit: bytes that this process may have on the host, if it may not have all of it.
-    """
-    if device.startswith("cuda"):
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached, total
-    import psutil
-
-    host = psutil.virtual_memory()
-    if limit is None:
-        return host.available, host.total
-    return max(0, min(host.available, limit - psutil.Process().memory_info().rss)), min(host.total, limit)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InputError(f"There is no device {device}: PyTorch finds no GPU here; use cpu.")
+    if int(named[1] or 0) >= count:
+        raise InputError(f"There is no device {device}: the last GPU is cuda:{count - 1}.")
 
 
-def check_fits(needed: int, device: str, limit: int | None = None) -> None:
+def check_fits(needed: int, device: str) -> None:
     """Refuse a run whose estimated peak is more than what is free now.
 
     Args:
         needed: estimated peak in bytes; 0 stands for "not worth a look".
         device: the torch device.
-        limit: as in `memory`.
 
     Raises:
         DoesNotFitError: it does not fit; the message gives both figures.
     """
     if needed <= 0:
         return
-    free, _ = memory(device, limit)
+    free = memory.free(device)
     if needed > free:
         raise DoesNotFitError(
             f"This run needs about {needed / GB:.1f} GB, and {_spoken(device)} has {free / GB:.1f} GB free: "
@@ -124,18 +119,17 @@ def check_fits(needed: int, device: str, limit: int | None = None) -> None:
         )
 
 
-def describe(limit: int | None = None) -> DeviceInfo:
-    """This process's device, in full; `limit` as in `memory`."""
+def describe() -> DeviceInfo:
+    """This process's device, in full."""
     from dask.system import CPU_COUNT
 
     device = torch_device()
-    free, total = memory(device, limit)
     return DeviceInfo(
         name=_name(device),
         kind="cuda" if device.startswith("cuda") else "cpu",
         device=device,
-        total_bytes=total,
-        free_bytes=free,
+        total_bytes=memory.total(device),
+        free_bytes=memory.free(device),
         cores=CPU_COUNT,
         hostname=socket.gethostname(),
         python=platform.python_version(),

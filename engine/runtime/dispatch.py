@@ -19,7 +19,7 @@ from engine.runtime.tasks import Outcome
 from engine.runtime.tickets import Work
 
 ATTEMPTS = 3  # to hand over work whose worker dies before it begins
-NEWS_DELAY = 1.0  # seconds that the nanny's news of what it did may take longer than the news of the worker's death
+NEWS_DELAY = 2.0  # seconds that the nanny's news of what it did may take longer than the news of the worker's death
 MEMORY_TOPIC = "worker-restart-memory"  # Dask's own: a nanny ended a worker that took too much memory
 
 KILLED = "The worker died while the job ran, perhaps for lack of memory: it is being replaced, and you can try again."
@@ -93,9 +93,8 @@ class Dispatcher:
             pure=False,
         )
         answer = asyncio.create_task(self._answer(run, future))
-        stopping = asyncio.create_task(work.stopping.wait())
         try:
-            await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._first(answer, work.stopping)
             if work.stop_reason is not None:
                 await self._halt(run, future, answer)
                 return Outcome(error=work.stop_reason)
@@ -104,11 +103,19 @@ class Dispatcher:
                 await self._kill(run.worker)
             return outcome
         finally:
-            stopping.cancel()
             if run.timer is not None:
                 run.timer.cancel()
             del self._runs[run.id]
             future.release()  # at once: Dask would compute a result that it lost with its worker again
+
+    @staticmethod
+    async def _first(answer: asyncio.Task[Outcome | None], event: asyncio.Event) -> None:
+        """Return when there is an answer or the event has happened."""
+        happened = asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait({answer, happened}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            happened.cancel()
 
     async def _answer(self, run: _Run, future: Future) -> Outcome | None:
         try:
@@ -123,9 +130,10 @@ class Dispatcher:
             return Outcome(error=JobFailedError(LOST))
 
     async def _halt(self, run: _Run, future: Future, answer: asyncio.Task[Outcome | None]) -> None:
-        """Ask the job to stop; if it does not within the grace, kill its worker."""
+        """Ask the job to stop; once force may be used, kill its worker if it does not within the grace."""
         if run.worker is not None:
             self._request(tasks.stop, run.id, worker=run.worker)
+            await self._first(answer, run.work.forced)
             await asyncio.wait({answer}, timeout=self._stop_grace)
         if not answer.done():
             await self._client.cancel([future], force=True)

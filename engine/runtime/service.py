@@ -44,7 +44,7 @@ class Runtime:
     Start it with `Runtime.start`, one in a process; all methods are safe to call from any thread.
 
     Args:
-        stop_grace: seconds that a job may take to stop by itself before its worker is restarted.
+        stop_grace: seconds that a job may take to stop by itself before its worker is restarted, if force is used.
         owner_grace: seconds after `release` until an owner's jobs are dropped.
         cache_bytes: what finished results may weigh together.
     """
@@ -127,8 +127,8 @@ class Runtime:
     def submit(self, experiment_name: str, params: ExperimentParams, owner: str) -> Ticket:
         """Have the experiment run, in the lane of its parameters; returns at once.
 
-        If equal parameters have a result that is still cached, the ticket has it already; if they are queued or
-        running, the ticket shares that run.
+        If equal parameters with an equal `cache_token` have a result that is still cached, the ticket has it already;
+        if they are queued or running, the ticket shares that run.
 
         Args:
             experiment_name: one of `engine.experiments.names`.
@@ -140,7 +140,7 @@ class Runtime:
             WorkbenchError: the runtime is closed.
         """
         experiments.get(experiment_name)
-        key = (experiment_name, params.model_dump_json()) if params.cacheable else None
+        key = (experiment_name, params.model_dump_json(), params.cache_token()) if params.cacheable else None
         with self._lock:
             if self._closed:
                 raise WorkbenchError(CLOSED)
@@ -152,7 +152,7 @@ class Runtime:
                 self._tickets.setdefault(owner, set()).add(ticket)
             return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket, force: bool = True) -> None:
         """What `Ticket.cancel` does."""
         with self._lock:
             work = ticket.work
@@ -164,7 +164,8 @@ class Runtime:
             elif self._lanes[work.params.lane].drop(work):
                 self._finish(work, Outcome(error=JobCancelledError(CANCELLED)))
             else:
-                self._stop(work, JobCancelledError(CANCELLED))
+                force = force or work.params.lane != "short"
+                self._stop(work, JobCancelledError(CANCELLED), force)
 
     def release(self, owner: str) -> None:
         """The owner has gone: after the grace, cancel all their tickets, unless `keep` or `submit` comes first."""
@@ -189,11 +190,6 @@ class Runtime:
             return self._devices.result(timeout)
         except TimeoutError:
             return ()
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is a connection to the cluster, so that jobs can run."""
-        return not self._closed and self._client is not None and self._client.status == "running"
 
     def close(self) -> None:
         """End every job, and with an own cluster all of its processes. Happens by itself when Python exits."""
@@ -228,12 +224,14 @@ class Runtime:
         self._loop.call_soon_threadsafe(self._pump, lane)
         return work
 
-    def _stop(self, work: Work, reason: WorkbenchError) -> None:
-        """Have the dispatcher end `work`, which it has been given; the first reason holds."""
+    def _stop(self, work: Work, reason: WorkbenchError, force: bool = True) -> None:
+        """Have the dispatcher end `work`, which it has been given; the first reason holds, force may come later."""
         if work.stop_reason is None:
             work.stop_reason = reason
             self._unshare(work)
             self._loop.call_soon_threadsafe(work.stopping.set)
+        if force:
+            self._loop.call_soon_threadsafe(work.forced.set)
 
     def _finish(self, work: Work, outcome: Outcome) -> None:
         if outcome.error is None and work.key is not None:
@@ -297,7 +295,7 @@ class Runtime:
         with self._lock:
             if self._leaving.pop(owner, None) is not None:
                 for ticket in list(self._tickets.get(owner, ())):
-                    self.cancel(ticket)
+                    self.cancel(ticket, force=False)
 
     async def _start_cluster(self, threads: int | None, memory_limit: int | None, warm_up: Sequence[str]) -> None:
         if self._cluster is not None:

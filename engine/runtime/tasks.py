@@ -15,7 +15,7 @@ from typing import Any
 
 from distributed import Nanny, Worker, get_worker
 
-from engine import experiments
+from engine import experiments, memory
 from engine.errors import JobFailedError, WorkbenchError
 from engine.runtime import devices, warmup
 from engine.runtime.jobs import Progress
@@ -102,6 +102,7 @@ def perform(run: str, topic: str, name: str, values: dict[str, Any]) -> Outcome:
     """
     warmup.wait()
     worker = get_worker()
+    memory.limit_host(worker.memory_manager.memory_limit)
 
     def send(message: dict[str, Any]) -> None:
         worker.log_event(topic, {"run": run, **message})
@@ -113,18 +114,18 @@ def perform(run: str, topic: str, name: str, values: dict[str, Any]) -> Outcome:
     _jobs[run] = job
     send({"begun": True})
     try:
-        return attempt(name, values, job, worker.memory_manager.memory_limit)
+        return attempt(name, values, job)
     finally:
         job.flush()
         del _jobs[run]
 
 
-def attempt(name: str, values: dict[str, Any], job: WorkerJob, limit: int | None = None) -> Outcome:
-    """Run the experiment `name`; whatever it raises becomes a sentence. `limit` is the host memory we may have."""
+def attempt(name: str, values: dict[str, Any], job: WorkerJob) -> Outcome:
+    """Run the experiment `name`; whatever it raises becomes a sentence."""
     try:
         experiment = experiments.get(name)
         params = experiment.Params(**values)
-        devices.check_fits(params.memory_bytes(), job.device, limit)
+        devices.check_fits(params.memory_bytes(), job.device)
         result = experiment.run(params, job)
         if params.lane == "long":
             _free_cached_memory(job.device)
@@ -161,7 +162,8 @@ async def describe(dask_worker: Worker) -> devices.DeviceInfo:
 
     def ask() -> devices.DeviceInfo:
         warmup.wait()
-        return devices.describe(dask_worker.memory_manager.memory_limit)
+        memory.limit_host(dask_worker.memory_manager.memory_limit)
+        return devices.describe()
 
     return await asyncio.to_thread(ask)
 

@@ -43,7 +43,9 @@ class Work:
         self.result: Any = None
         self.error: WorkbenchError | None = None
         self.stop_reason: WorkbenchError | None = None
-        self.stopping = asyncio.Event()  # waited for in the runtime's event loop once the work is handed over
+        # Both are waited for in the runtime's event loop once the work is handed over.
+        self.stopping = asyncio.Event()
+        self.forced = asyncio.Event()  # its worker may be restarted to stop it
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -142,9 +144,15 @@ class Ticket:
             raise type(error)(*error.args)
         return self.work.result
 
-    def cancel(self) -> None:
-        """Leave the run. The last to leave stops it: at once if it is queued, else asked first, then by force."""
-        self._runtime.cancel(self)
+    def cancel(self, force: bool = True) -> None:
+        """Leave the run. The last to leave stops it: at once if it is queued, else it is asked to stop.
+
+        Args:
+            force: restart the worker of a job that does not stop within the grace. Without it, a job of the short lane
+                goes on until its end or its time limit: whoever waits behind it would wait longer for a new worker,
+                which has to load libraries and models again. Long jobs are always stopped by force.
+        """
+        self._runtime.cancel(self, force)
 
     @property
     def _error(self) -> WorkbenchError | None:

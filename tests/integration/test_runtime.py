@@ -278,6 +278,17 @@ class TestSharing:
         finished(submit(runtime, "counting", steps=3, log=str(log)))
         assert log.read_text().split() == ["2", "3"]
 
+    def test_what_a_result_depends_on_beside_the_parameters_counts(self, runtime, tmp_path):
+        note = tmp_path / "note"
+        for nanoseconds, text in ((1, "old"), (2, "new")):
+            note.write_text(text)
+            os.utime(note, ns=(nanoseconds, nanoseconds))
+            first = finished(submit(runtime, "noting", path=str(note)))
+            assert first.result() == text
+            note.write_text("unseen")
+            os.utime(note, ns=(nanoseconds, nanoseconds))
+            assert finished(submit(runtime, "noting", path=str(note))).result() == text
+
     def test_what_is_timed_is_run_again(self, runtime):
         first, second = (finished(submit(runtime, "timed")).result() for _ in range(2))
         assert first.nanoseconds != second.nanoseconds
@@ -345,6 +356,39 @@ class TestStopping:
         assert finished(waiting).state == "done"
         assert finished(long).state == "done"
 
+    def test_who_is_no_longer_wanted_may_end_without_costing_the_worker(self, runtime):
+        pid = worker_pid(runtime)
+        ticket = submit(runtime, "stubborn", seconds=1.5)
+        until(lambda: ticket.state == "running")
+        waiting = submit(runtime, "counting", "bob", steps=16)
+        ticket.cancel(force=False)
+        assert finished(ticket).state == "cancelled"
+        assert ticket.seconds > 1.3
+        assert finished(waiting).state == "done"
+        assert worker_pid(runtime) == pid
+
+    def test_it_is_asked_to_stop_all_the_same(self, runtime):
+        ticket = submit(runtime, "counting", steps=501, pause=0.02)
+        until(lambda: ticket.state == "running")
+        ticket.cancel(force=False)
+        assert finished(ticket).seconds < 3
+
+    @pytest.mark.parametrize("way", ["its time limit", "its owner, who insists"])
+    def test_patience_with_it_ends_with(self, runtime, way):
+        pid = worker_pid(runtime)
+        ticket = submit(runtime, "stubborn", seconds=59)
+        until(lambda: ticket.state == "running")
+        ticket.cancel(force=False)
+        time.sleep(0.7)
+        assert ticket.state == "running"
+        if way == "its time limit":
+            assert finished(ticket).seconds > 2
+        else:
+            ticket.cancel()
+            assert finished(ticket).seconds < 2
+        assert ticket.state == "cancelled"
+        assert worker_pid(runtime) != pid
+
     def test_a_job_over_its_time_fails_with_the_limit_in_its_sentence(self, runtime):
         ticket = finished(submit(runtime, "stubborn", seconds=61))
         assert ticket.state == "failed"
@@ -389,6 +433,12 @@ class TestFaults:
             ticket.result()
         assert not log.exists()
 
+    def test_weights_that_exceed_the_workers_share_are_refused(self, runtime):
+        assert psutil.virtual_memory().available > 700 * 10**6
+        with pytest.raises(DoesNotFitError, match="The weights of m"):
+            finished(submit(runtime, "weighing", megabytes=600)).result()
+        assert finished(submit(runtime, "weighing", megabytes=2)).result() == 2
+
     def test_who_takes_more_memory_than_there_is_fails_with_a_sentence(self, runtime):
         ticket = finished(submit(runtime, "allocating", taken=4000))
         assert ticket.state == "failed"
@@ -420,6 +470,14 @@ class TestOwners:
         assert finished(running).state == "cancelled"
         assert finished(queued).state == "cancelled"
         assert [finished(ticket).state for ticket in shared] == ["cancelled", "done"]
+
+    def test_who_leaves_does_not_take_the_worker_along(self, runtime):
+        pid = worker_pid(runtime)
+        ticket = submit(runtime, "stubborn", "gone", seconds=1.8)
+        until(lambda: ticket.state == "running")
+        runtime.release("gone")
+        assert finished(ticket).state == "cancelled"
+        assert worker_pid(runtime) == pid
 
     @pytest.mark.parametrize("sign_of_life", ["keep", "submit"])
     def test_who_comes_back_in_time_keeps_them(self, runtime, sign_of_life):
@@ -534,7 +592,6 @@ class TestLife:
         runtime.close()
         runtime.close()
         assert finished(ticket).error.startswith("The workbench is shutting down")
-        assert not runtime.alive
         with pytest.raises(WorkbenchError, match="shutting down"):
             submit(runtime, "timed")
 
@@ -558,13 +615,11 @@ class TestLife:
         runtime._cluster.scheduler.process.kill()
         assert finished(running).error.startswith("The connection to the workers was lost")
         assert finished(queued).error == running.error
-        until(lambda: runtime.alive)
-        assert finished(submit(runtime, "counting", steps=3)).state == "done"
+        until(lambda: finished(submit(runtime, "counting", steps=3)).state == "done")
         runtime.close()
 
     def test_an_existing_cluster_is_used(self, runtime):
         guest = Runtime.start(runtime._cluster.scheduler_address)
         assert finished(submit(guest, "counting", steps=15)).state == "done"
         guest.close()
-        assert runtime.alive
         assert finished(submit(runtime, "timed")).state == "done"

@@ -53,7 +53,7 @@ class ThreadTicket:
             raise self._outcome
         return self._outcome
 
-    def cancel(self):
+    def cancel(self, force=True):
         self._job.cancelled = True
 
 

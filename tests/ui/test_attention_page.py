@@ -57,7 +57,7 @@ def words(app):
     """Everything the page says, without Markdown's escapes."""
     kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success)
     said = [element.value for kind in kinds for element in kind] + [expander.label for expander in app.expander]
-    return "\n".join(said).replace("\\", "")
+    return "\n".join(said).replace("\\", "").replace("\u2060", "")
 
 
 def spec(app, key):

@@ -27,7 +27,7 @@ def captions(app):
 
 
 def warnings(app):
-    return [warning.value.replace("\\", "") for warning in app.warning]
+    return [warning.value.replace("\\", "").replace("\u2060", "") for warning in app.warning]
 
 
 def asked(app, key="probe"):
@@ -296,11 +296,27 @@ def test_pin_keeps_a_in_the_address_and_draws_both(open_lab):
     assert not any("A is" in caption for caption in captions(app))
 
 
-@pytest.mark.parametrize("pin", ["banana", "{}[", "[1]", '{"layer": 99}', '{"nothing": 1}', "null", '{"layer": "x"}'])
+@pytest.mark.parametrize(
+    "pin",
+    [
+        "banana",
+        "{}[",
+        "[1]",
+        '{"layer": 99}',
+        '{"nothing": 1}',
+        "null",
+        '{"layer": "x"}',
+        "[" * 40_000,
+        json.dumps({"text": "x" * 60_000}),
+        json.dumps({"layer": "x" * 24_000}),
+    ],
+    ids=lambda pin: pin[:16],
+)
 def test_a_pin_that_makes_no_sense_is_ignored_with_a_sentence(open_lab, pin):
     app = open_lab(probe_pin=pin)
     assert not app.exception
     assert warnings(app)[0].startswith("The link's pinned run A is ignored.")
+    assert len(warnings(app)[0]) < 200
     assert "Layer 3 sums to 32." in captions(app)
     assert app.button(key="_probe_pin_set")
 
@@ -373,6 +389,39 @@ def test_a_runtime_that_does_not_start_is_one_sentence_and_can_be_tried_again(op
     app.button(key="_start_again").click().run()
     assert not app.error
     assert "Layer 3 sums to 32." in captions(app)
+
+
+def test_sessions_that_start_again_at_once_get_one_runtime(open_lab, runtime, monkeypatch):
+    calls = []
+
+    def start(**_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise WorkbenchError("The Dask scheduler at tcp://x:1 cannot be reached.")
+        return runtime
+
+    monkeypatch.undo()
+    monkeypatch.setattr(engine.experiments, "__path__", [*engine.experiments.__path__, str(HERE / "experiments")])
+    monkeypatch.setattr("engine.runtime.Runtime.start", start)
+    sessions = [open_lab() for _ in range(3)]
+    assert all(app.error for app in sessions)
+    for app in sessions:
+        app.button(key="_start_again").click().run()
+        assert not app.error
+    assert len(calls) == 2
+
+
+def test_a_superseded_job_may_end_and_a_cancelled_one_must(open_lab, runtime, monkeypatch):
+    app = open_lab()
+    forces = []
+    ticket = type(runtime.tickets[0])
+    cancel = ticket.cancel
+    monkeypatch.setattr(ticket, "cancel", lambda self, force=True: (forces.append(force), cancel(self, force)))
+    app.session_state["wait"] = 0.05
+    app.slider(key="probe_seconds").set_value(30.0).run()
+    app.slider(key="probe_layer").set_value(4).run()
+    app.button(key="_cancel_probe").click().run()
+    assert forces == [False, True]
 
 
 def test_a_closed_browser_releases_its_jobs(open_lab, runtime):

@@ -1,5 +1,6 @@
 """The frame's pieces that need no page: what they make of what they are given."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -147,3 +148,45 @@ def test_source_that_is_not_there_is_an_error(name):
 def test_plain_text_leaves_no_markup():
     assert plain("![a](b)") == r"\!\[a\]\(b\)"
     assert plain("42 %, naïve 🐈") == "42 %, naïve 🐈"
+    assert plain("- Layer 1.5 - the second.") == r"\- Layer 1.5 - the second."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "www.example.org",
+        "See WWW.example.org, or (www.example.org)",
+        "http://example.org",
+        "https://user@example.org/a?b=c",
+        "HTTPS://example.org",
+        "someone@example.org",
+        "+49@example.org",
+    ],
+)
+def test_plain_text_holds_no_address_even_once_escapes_are_resolved(text):
+    """The patterns are those by which GitHub's Markdown finds bare addresses."""
+    resolved = re.sub(r"\\(?=[!-/:-@\[-`{-~])", "", plain(text))
+    assert not re.search(r"https?://|www\.|[-.\w+]@[-\w]", resolved, re.IGNORECASE)
+    assert resolved.replace("\u2060", "") == text
+
+
+@pytest.mark.parametrize("text", ["+ one", "- one", "1. one", "12. one", "1.", "-", "1) one", " - one", " 3. one"])
+def test_plain_text_begins_no_list(text):
+    assert not re.match(r"\s*([-+*]|\d+[.)])(\s|$)", plain(text))
+    assert plain(text).replace("\\", "") == text
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", "\u2028", "\x0b"])
+def test_plain_text_is_one_line(end):
+    shown = plain(f"one{end}# two{end}- three{end}")
+    assert len(shown.splitlines()) == 1
+    assert "\\# two" in shown
+
+
+def test_plain_text_begins_no_block_of_code():
+    assert plain("\t    x") == plain("\n\n    x") == " x"
+
+
+@pytest.mark.parametrize("entity", ["&lt;b&gt;", "&#91;", "&amp;"])
+def test_plain_text_holds_no_entity(entity):
+    assert not re.search(r"(?<!\\)&", plain(entity))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import checkpoints
+from engine import checkpoints, memory
 from engine.errors import DoesNotFitError, InputError
 from tests.tiny_models import save
 
@@ -196,7 +196,7 @@ class TestGGUF:
         assert "transformers cannot open" in refusal(tmp_path / "odd.gguf")
 
     def test_too_large_is_known_before_the_conversion(self, gguf_file, monkeypatch):
-        monkeypatch.setattr(checkpoints, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(memory, "free", lambda device: 1000)
         with pytest.raises(DoesNotFitError):
             find(gguf_file)
 

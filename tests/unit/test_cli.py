@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import engine.experiments
 from engine.__main__ import main
@@ -31,7 +32,7 @@ class Params(ExperimentParams):
     share: float = Field(default=0.5, gt=0, lt=1)
     window: int | None = Field(default=None, ge=1, le=512)
     sizes: tuple[int, ...] = Field(default=(1, 2), description="Some sizes.")
-    kind: Literal["good", "bad", "slow"] = "good"
+    kind: Literal["good", "bad", "slow", "odd"] = "good"
     gigabytes: float = 0
 
     def memory_bytes(self):
@@ -45,6 +46,8 @@ class Result:
 def run(params, job):
     if params.kind == "bad":
         raise JobFailedError("The letters have run away.")
+    if params.kind == "odd":
+        return Result(np.array([np.nan, 1]), job.device)
     for step in range(600 if params.kind == "slow" else 2):
         job.report(step + 1, 2, letters=1.5)
         time.sleep(0.1 if params.kind == "slow" else 0)
@@ -71,7 +74,7 @@ def test_list_gives_summary_bounds_and_defaults(capsys):
     assert "--top-k  How many to show. (at least 1, at most 9, default 2)" in text
     assert "(more than 0, less than 1, default 0.5)" in text
     assert "--window   (at least 1, at most 512, default null)" in text
-    assert 'one of good, bad, slow, default "good"' in text
+    assert 'one of good, bad, slow, odd, default "good"' in text
 
 
 @pytest.mark.parametrize("arguments", [["--top-k", "7"], ["--top_k", "7"], ["--top-k=7"]])
@@ -104,6 +107,10 @@ def test_a_value_may_begin_with_a_dash(capsys):
         (["run", "letters", "--dev", "1"], "dev is '1'"),
         (["run", "letters", "--top-k"], "--top-k has no value"),
         (["run", "letters", "top-k", "3"], "'top-k' is out of place"),
+        (["run", "letters", "--device", "nonsense"], "'nonsense' is no device: give cpu, cuda, or one GPU"),
+        (["run", "letters", "--device", "cuda:x"], "'cuda:x' is no device"),
+        (["run", "letters", "--device", "meta"], "'meta' is no device"),
+        (["run", "letters", "--device", ""], "'' is no device"),
         (["run", "numbers"], "There is no experiment 'numbers'; there are: letters."),
         (["list", "--all"], "list takes no '--all'."),
     ],
@@ -129,6 +136,34 @@ def test_a_run_that_fails_is_one_sentence(capsys, arguments, words):
     assert captured.err.startswith(words)
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "words"),
+    [
+        ("cuda", 0, "There is no device cuda: PyTorch finds no GPU here; use cpu."),
+        ("cuda:0", 0, "There is no device cuda:0: PyTorch finds no GPU here; use cpu."),
+        ("cuda:2", 2, "There is no device cuda:2: the last GPU is cuda:1."),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_sentence(capsys, monkeypatch, device, gpus, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert main(["run", "letters", "--device", device]) == 2
+    assert capsys.readouterr().err == f"{words}\n"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:1"])
+def test_a_device_that_is_there_is_used(capsys, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["run", "letters", "--device", device, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == device
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    assert main(["run", "letters", "--device", "cpu", "--json", "--kind", "odd"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["counts"] == [None, 1]
 
 
 def test_fetch_says_where_the_model_is(capsys, monkeypatch):

@@ -123,6 +123,16 @@ def test_several_wrong_fields_are_all_named():
         experiments.parse("adding", {"left": 9, "right": -9})
 
 
+@pytest.mark.parametrize("values", [{"left": "x" * 24_000}, {"y" * 24_000: 1}, {"layers": ["z" * 24_000]}])
+def test_a_long_input_is_not_repeated_in_full(values):
+    with pytest.raises(InputError) as caught:
+        experiments.parse("adding", values)
+    message = str(caught.value)
+    assert len(message) < 200
+    assert any(letter * 30 in message for letter in "xyz")
+    assert "…" in message
+
+
 def test_parameters_cannot_be_changed():
     params = experiments.parse("adding", {})
     with pytest.raises(ValueError, match="frozen"):
@@ -140,6 +150,27 @@ class Outer:
     inner: Inner
     table: dict[int, np.float32]
     params: experiments.ExperimentParams
+
+
+class Measured(experiments.ExperimentParams):
+    loss: float
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_json_does_not_have_becomes_null(odd, dtype):
+    result = Outer(
+        Inner(np.array([[1, odd], [2, 3]], dtype), ()), {1: dtype(odd), 2: odd, 3: [odd, True]}, Measured(loss=odd)
+    )
+    plain = json.loads(json.dumps(experiments.to_plain(result), allow_nan=False))
+    assert plain["inner"]["values"] == [[1, None], [2, 3]]
+    assert plain["table"] == {"1": None, "2": None, "3": [None, True]}
+    assert plain["params"] == {"loss": None}
+
+
+@pytest.mark.parametrize("values", [np.array([True, False]), np.array(["a", "nan"]), np.arange(3), np.array([])])
+def test_arrays_of_anything_else_stay_as_they_are(values):
+    assert json.loads(json.dumps(experiments.to_plain(values), allow_nan=False)) == values.tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -1,12 +1,14 @@
 """Measurements of things whose time and size are known."""
 
+import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.measure import exclusive, measure_time, peak_memory
+from engine.measure import exclusive, lock_path, measure_time, peak_memory
 
 
 def test_a_sleep_takes_its_time():
@@ -63,6 +65,25 @@ def test_measurements_wait_for_each_other():
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_every_gpu_has_one_lock_whatever_it_is_called(monkeypatch):
+    def properties(device):
+        return SimpleNamespace(uuid=f"gpu-{visible[device.index or 0]}")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    visible = range(8)
+    assert len({lock_path(device) for device in ["cpu", *(f"cuda:{index}" for index in visible)]}) == 9
+    assert lock_path("cuda") == lock_path("cuda:0")
+    third = lock_path("cuda:3")
+    visible = [3]  # as a worker sees it
+    assert lock_path("cuda:0") == third
+
+
+def test_two_users_do_not_share_a_file(monkeypatch):
+    mine = lock_path("cpu")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert lock_path("cpu") != mine
 
 
 @pytest.mark.gpu
