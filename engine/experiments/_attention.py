@@ -127,7 +127,9 @@ class HeadParams(TextParams):
         description="Delete this token from the text; −1 deletes none.",
     )
     reach: Literal["this head", "every head"] = Field(
-        "this head", title="Change", description="Where temperature and mask apply: to this head alone, or everywhere."
+        "this head",
+        title="Temperature and mask act on",
+        description="This head alone, or every head of every layer.",
     )
 
     @property

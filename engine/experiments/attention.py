@@ -14,9 +14,15 @@ import numpy as np
 from engine.experiments import Lane, _attention
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.pretrained import Pretrained
     from engine.runtime.jobs import Job
     from engine.tracing import Trace
+
+
+ROLE_SHARE = 0.5
+"""A head rests on the first token if it gives it more than half of its mass."""
 
 
 class Params(_attention.TextParams):
@@ -93,7 +99,7 @@ def run(params: Params, job: Job) -> Result:
         on_text={name: values.float().cpu().numpy() for name, values in on_text.items()},
         on_probe={name: values.float().cpu().numpy() for name, values in on_probe.items()},
         roles=roles,
-        sentence=_sentence(roles, induction, params.weights),
+        sentence=_sentence(roles, induction, on_text["first token"], params.weights),
         fused_sentence=_fused_sentence(model, seen, params.weights),
     )
 
@@ -110,18 +116,19 @@ def _fused_sentence(model: Pretrained, seen: Trace, weights: str) -> str:
     )
 
 
-def _sentence(roles: list[list[str]], induction: np.ndarray, weights: str) -> str:
+def _sentence(roles: list[list[str]], induction: np.ndarray, resting: Tensor, weights: str) -> str:
     counts = Counter(role for row in roles for role in row)
     total = sum(counts.values())
     layer, head = np.unravel_index(induction.argmax(), induction.shape)
     best = f"{layer}.{head}"
+    here = int((resting > ROLE_SHARE).sum())
     if weights == "untrained":
-        named = total - counts[""]
         return (
-            f"Before training, {named or 'none'} of the {total} heads {'has' if named == 1 else 'have'} a role: "
-            f"the best induction score is {induction.max():.0%}."
+            f"Before training: heads with a role: {total - counts['']} of {total}; the best induction score is "
+            f"{induction.max():.0%}."
         )
     return (
-        f"Of {total} heads, {counts['previous token']} look at the previous token, {counts['induction']} are induction "
-        f"heads (the strongest is {best}: {induction.max():.0%}), and {counts['sink']} rest on the first token."
+        f"Of {total} heads, tried on random tokens said twice: {counts['previous token']} on the previous token, "
+        f"{counts['induction']} induction (the strongest is {best}: {induction.max():.0%}), {counts['sink']} resting "
+        f"on the first token. On your text, {here} rest on the first token."
     )

@@ -36,9 +36,20 @@ def arithmetic(found: Result, query: int, key: int, temperature: float) -> str:
         own, total = np.exp(row[key] - top), np.exp(row - top).sum()
         lines.append(
             rf"$w = \dfrac{{e^{{s - {_signed(top)}}}}}{{\sum_j e^{{s_j - {_signed(top)}}}}}"
-            rf" = \dfrac{{{own:.3g}}}{{{total:.3g}}} = {found.weights[query, key]:.1%}$".replace("%", r"\%")
+            rf" = \dfrac{{{_number(own)}}}{{{_number(total)}}} = {found.weights[query, key]:.1%}$".replace("%", r"\%")
+        )
+        lines.append(
+            f"{top:.2f} is the row's largest score: taken off everywhere, it changes nothing and no power overflows."
         )
     return "\n\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Four digits, with a power of ten where the number is small."""
+    if value >= 1e-3:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return rf"{mantissa}\times 10^{{{int(exponent)}}}"
 
 
 def _signed(value: float) -> str:

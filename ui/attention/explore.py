@@ -58,7 +58,7 @@ def _next_token(params: attention_head.Params) -> None:
 
 def _fused_note(given: Settings) -> None:
     seen = given.overview
-    st.caption(plain(f"{seen.source} {seen.fused_sentence}"))
+    st.caption(plain(seen.fused_sentence))
     if given.params.weights == "untrained":
         return
     with st.expander("Time both ways", icon=":material/speed:", on_change="rerun", key=f"{PREFIX}_fused") as note:

@@ -136,7 +136,7 @@ def _map(shown: _Shown) -> None:
             shown.weights, found.tokens, allowed=~np.isneginf(found.masked), cell=cell, mode=theme.mode()
         )
         sentence = attention_head.describe(shown.weights, found.tokens, name)
-        chart.figure(fig, key=shown.key, sentence=sentence, height=500)
+        chart.figure(fig, key=shown.key, sentence=sentence)
         if shown.leads:
             clicks.on_cell_click(shown.key, lambda x, y: _choose_cell(found, x, y))
         _export_matrix(fig, shown, shown.weights, found.tokens, found.tokens)
@@ -151,7 +151,7 @@ def _steps(shown: _Shown) -> None:
     sentence = (
         f"The scores span {found.scores.min():.3g} to {found.scores.max():.3g}; scaled, "
         f"{found.scaled.min():.3g} to {found.scaled.max():.3g}. The mask removes {hidden:.0%} of the cells; "
-        f"the largest weight that is left is {found.weights.max():.0%}."
+        f"the largest weight left is {found.weights.max():.0%}. Orange: negative; blue: positive; blank: hidden."
     )
     with figure_place:
         fig = charts.stages(
@@ -213,10 +213,11 @@ def _change(shown: _Shown) -> None:
     fig = charts.difference(found.difference, tokens, mode=theme.mode())
     query, target = np.unravel_index(np.abs(change).argmax(), change.shape)
     sentence = (
-        f"The largest change: “{tokens[query]}” now gives “{tokens[target]}” {change[query, target]:+.0%} "
-        f"({found.untouched[query, target]:.0%} before). On average a token moves {found.moved:.0%} of its attention."
+        f"The largest change: “{tokens[query]}” gave “{tokens[target]}” {found.untouched[query, target]:.0%} and now "
+        f"gives it {found.untouched[query, target] + change[query, target]:.0%}. On average a token moves "
+        f"{found.moved:.0%} of its attention."
     )
-    chart.figure(fig, key=shown.key, sentence=sentence, height=500)
+    chart.figure(fig, key=shown.key, sentence=sentence)
     _export_matrix(fig, shown, found.difference, tokens, tokens)
 
 

@@ -99,9 +99,11 @@ def all_heads(given: Settings) -> None:
         label_visibility="collapsed",
     )
     layers, heads = seen.attention.shape[:2]
-    titles, sentence = None, seen.sentence + " Choose a map to open it."
+    titles, sentence, axes = None, seen.sentence + " Choose a map to open it.", ("layer →", "head ↓")
     if label == EVERY:
         grid = [[(layer, head) for layer in range(layers)] for head in range(heads)]
+        if layers < heads:  # the longer side lies across, so that the maps are about square
+            grid, axes = [list(row) for row in zip(*grid, strict=True)], ("head →", "layer ↓")
     else:
         order = ORDERS[label]
         values = order.values(seen)
@@ -123,9 +125,14 @@ def all_heads(given: Settings) -> None:
         lambda cell: _hover(seen, cell),
         chosen=(params.layer, params.head),
         titles=titles,
+        axes=axes,
         mode=theme.mode(),
     )
-    chart.figure(fig, key=key, sentence=sentence, height=370)
+    chart.figure(fig, key=key, sentence=sentence, height=_height(grid))
+    if params.changes_attention or params.drop >= 0:
+        st.caption(
+            "These maps are of the untouched model on your whole text. “What changed” shows what your settings do."
+        )
     clicks.on_cell_click(key, lambda x, y: _open_head(grid, x, y))
     export.export(
         fig,
@@ -135,6 +142,12 @@ def all_heads(given: Settings) -> None:
         experiment="attention",
         params=attention.Params(**params.model_dump(include=set(attention.Params.model_fields))),
     )
+
+
+def _height(grid: list[list[charts.Cell]]) -> int:
+    """Pixels in which the maps of `grid` are about square on a desktop."""
+    rows, columns = len(grid), len(grid[0])
+    return min(680, max(170, 52 + round(790 / columns * rows)))
 
 
 def _say_what_repeats(tokens: list[str]) -> None:

@@ -66,11 +66,16 @@ def _guess_target(given: Settings) -> None:
     layers, heads, length = seen.attention.shape[:3]
     turn = st.session_state.get(f"{PREFIX}_turn", 0)
     dice = random.Random(turn)
-    named = [
-        (layer, head) for layer in range(layers) for head in range(heads) if seen.roles[layer][head] not in ("", "sink")
+    again = [query for query in range(2, length) if seen.tokens[query] in seen.tokens[:query]]
+    wanted = {"previous token": list(range(2, length)), "induction": again}
+    places = [
+        (layer, head, wanted[seen.roles[layer][head]])
+        for layer in range(layers)
+        for head in range(heads)
+        if wanted.get(seen.roles[layer][head])
     ]
-    layer, head = dice.choice(named or [(layer, head) for layer in range(layers) for head in range(heads)])
-    query = dice.randrange(2, length)
+    layer, head, queries = dice.choice(places or [(dice.randrange(layers), dice.randrange(heads), range(2, length))])
+    query = dice.choice(queries)
     role = seen.roles[layer][head]
     kind = f"a{'n' * (role == 'induction')} **{role}** head" if role else "a head without a role"
     st.markdown(f"**Where does it look?** Head {layer}.{head} is {kind}. Which token does it give the most?")
@@ -79,7 +84,7 @@ def _guess_target(given: Settings) -> None:
     st.caption(plain(f"The query is “{seen.tokens[query]}”, token {query}."))
     answer = st.selectbox(
         "It looks most at",
-        range(length),
+        range(length if seen.kind == "encoder" else query + 1),
         index=None,
         format_func=lambda i: f"{i} · {seen.tokens[i]}",
         key=f"{PREFIX}_answer{turn}",

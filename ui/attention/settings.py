@@ -13,6 +13,7 @@ from engine.experiments._attention import MAX_TOKENS
 from ui import controls, run
 from ui.controls import Look
 from ui.labs import ATTENTION
+from ui.prose import plain
 
 PREFIX = ATTENTION.url_path
 
@@ -40,6 +41,7 @@ def settings() -> Settings | None:
     head_place = st.container()
     with st.expander("Model and weights", icon=":material/deployed_code:"):
         values |= controls.controls(attention.Params, prefix=PREFIX, fields=["model", "weights"])
+        source_place = st.container()
     text = controls.validated(attention.Params, values)
     key = f"{PREFIX}_overview"
     overview = run.run("attention", text, key=key) if text else None
@@ -48,6 +50,8 @@ def settings() -> Settings | None:
         knobs = _head_controls(known) if known else {}
     if text is None:
         return None
+    if overview and text.weights == "trained":
+        source_place.caption(plain(overview.source))
     params = controls.validated(attention_head.Params, text.model_dump() | knobs)
     return Settings(params, overview, st.container()) if params else None
 

@@ -30,7 +30,8 @@ SQUARE_ROOT = [[level**2, colour] for level, colour in zip(_LEVELS.tolist(), _CO
 _THUMBNAIL = 48
 _GAP = 3
 _HEADER = 0.16
-_MAX_LABELS = 40
+_MAX_LABELS = 32
+_MAP_SIDE = 420
 ARC_POINTS = 24
 _ARC_BINS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -44,6 +45,7 @@ def thumbnails(
     *,
     chosen: Cell | None = None,
     titles: dict[Cell, str] | None = None,
+    axes: tuple[str, str] = ("layer →", "head ↓"),
     mode: theme.Mode = "light",
 ) -> go.Figure:
     """Many heads at a glance: one picture of small maps, laid out as `grid`.
@@ -53,7 +55,8 @@ def thumbnails(
         grid: rows of (layer, head); None leaves a place empty.
         hover: what the pointer shows over a head.
         chosen: the head to frame.
-        titles: what to write above each map; without, the axes count layers (→) and heads (↓).
+        titles: what to write above each map.
+        axes: without titles, what is counted across and down.
         mode: light or dark.
     """
     rows, columns = len(grid), max(len(row) for row in grid)
@@ -84,8 +87,8 @@ def thumbnails(
                         x=x, y=y - 0.5, text=titles[cell], showarrow=False, yanchor="top", font={"size": 11}, yshift=3
                     )
     else:
-        fig.update_xaxes(title="layer →", dtick=1 if columns <= 40 else 5, tickangle=0, tickfont={"size": 10})
-        fig.update_yaxes(title="head ↓", dtick=1, ticklabelstandoff=5)
+        fig.update_xaxes(title=axes[0], dtick=1 if columns <= 40 else 5, tickangle=0, tickfont={"size": 10})
+        fig.update_yaxes(title=axes[1], dtick=1, ticklabelstandoff=5)
     for y, row in enumerate(grid):
         if chosen in row:
             x = row.index(chosen)
@@ -343,7 +346,7 @@ def next_tokens(
     return go.Figure(
         [bars, marks] if changed else [bars],
         {
-            "xaxis": {"title": {"text": "probability"}, "tickformat": ".0%", "range": [0, top * 1.3], "nticks": 4},
+            "xaxis": {"title": {"text": "probability"}, "tickformat": ".0%", "range": [0, top * 1.45], "nticks": 4},
             "yaxis": {"tickvals": places, "ticktext": list(tokens), "autorange": "reversed", "showgrid": False},
             "margin": {"l": 8 + _width(tokens), "r": 8, "t": 30 if changed else 8, "b": 44},
             "showlegend": changed,
@@ -430,6 +433,7 @@ def _token_layout(tokens: Sequence[str]) -> dict[str, object]:
     below = _below(labels)
     axis = {"tickvals": positions, "ticktext": labels, "showgrid": False, "zeroline": False, "constrain": "domain"}
     return {
+        "height": 64 + _MAP_SIDE + below["margin"],
         "margin": {"l": 44 + _width(labels), "r": 12, "t": 64, "b": below["margin"]},
         "xaxis": {**axis, "title": {"text": "key →"}, "tickangle": below["angle"]},
         "yaxis": {**axis, "title": {"text": "query ↓"}, "autorange": "reversed", "scaleanchor": "x"},
