@@ -9,8 +9,19 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Decoder": "engine.model",
+    "KVCache": "engine.model",
+    "ModelConfig": "engine.architecture",
     "MultiHeadAttention": "engine.attention",
+    "Parts": "engine.model",
+    "Sampling": "engine.generation",
     "ScaledDotProductAttention": "engine.attention",
+    "TokenBlocks": "engine.data",
+    "Trainer": "engine.trainer",
+    "TrainerOptions": "engine.trainer",
+    "create_test_dataset": "engine.data",
+    "create_test_transformer": "engine.model",
+    "generate": "engine.generation",
 }
 
 __all__ = sorted(_HOMES)

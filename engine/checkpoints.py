@@ -55,6 +55,10 @@ WHEELS = {
 }
 
 
+STORYTELLER = "storyteller"
+"""Our own small model, trained by `engine.pretraining` and shipped in full precision."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights on this machine.
@@ -76,7 +80,7 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     """The weights called `name`, fetched or converted first where that is needed.
 
     Args:
-        name: a key of `WHEELS`, a folder, a .gguf file, or a Hub id.
+        name: `STORYTELLER`, a key of `WHEELS`, a folder, a .gguf file, or a Hub id.
         device: where they are to be loaded, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         dtype: what they are to be loaded as.
 
@@ -87,6 +91,8 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     name = name.strip()
     if not name:
         raise InputError("No model is named: give a short name, a Hugging Face id, a folder or a .gguf file.")
+    if name == STORYTELLER:
+        return _from_folder(name, Path(__file__).parent / STORYTELLER, "shipped")
     if name in WHEELS:
         return _from_wheel(name, device, dtype)
     path = local_path(name)

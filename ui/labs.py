@@ -58,4 +58,16 @@ ATTENTION = Lab(
     ),
 )
 
-LABS = (ATTENTION,)
+TRAINING = Lab(
+    url_path="training",
+    title="Training",
+    question="What does a model learn, and when?",
+    icon=":material/school:",
+    script="app_pages/training.py",
+    starts=(
+        Start("Teach a small model in a minute"),
+        Start("See a learning rate that is too high", {"learning_rate": "1", "steps": "100"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING)

@@ -28,10 +28,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.errors import InputError
+from engine.settings import sentence
 
 Lane = Literal["short", "long"]
-
-_QUOTED = 40  # characters of what was given that an error repeats
 
 __path__.extend(filter(None, os.environ.get("WORKBENCH_EXPERIMENTS", "").split(os.pathsep)))
 
@@ -43,6 +42,7 @@ class ExperimentParams(BaseModel):
         lane: ``"short"`` for what a slider waits for, ``"long"`` for training, sweeps and benchmarks.
         time_limit: seconds after which a run is stopped.
         cacheable: whether equal parameters give an equal result (False for anything that is timed).
+        returns_partial: whether a cancelled run returns what it has so far (a training does), which then is its result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -50,6 +50,7 @@ class ExperimentParams(BaseModel):
     lane: ClassVar[Lane] = "short"
     time_limit: ClassVar[float] = 30.0
     cacheable: ClassVar[bool] = True
+    returns_partial: ClassVar[bool] = False
 
     def memory_bytes(self) -> int:
         """Peak memory that a run takes on its device, in bytes, estimated before the start."""
@@ -86,28 +87,6 @@ def get(name: str) -> Experiment:
     module: ModuleType = importlib.import_module(f"{__name__}.{name}")
     summary = next(iter((module.__doc__ or "").strip().splitlines()), "")
     return Experiment(name, summary, module.Params, module.run)
-
-
-def sentence(error: ValidationError) -> str:
-    """A pydantic error as one plain sentence per wrong field: the field, the value given and what is allowed."""
-    parts = []
-    for problem in error.errors():
-        field = _shortened(".".join(str(part) for part in problem["loc"])) or "parameters"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "value_error":
-            parts.append(message)
-        else:
-            parts.append(f"{field} is {_quoted(problem['input'])}: {message[:1].lower()}{message[1:]}.")
-    return " ".join(parts)
-
-
-def _quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 2]}…{text[-1]}"
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _QUOTED else f"{name[: _QUOTED - 1]}…"
 
 
 def parse(name: str, values: dict[str, Any]) -> ExperimentParams:

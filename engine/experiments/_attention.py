@@ -28,8 +28,8 @@ MAX_TOKENS = 128
 
 MAX_CHARACTERS = 20_000
 
-SHIPPED = ("smollm2-135m", "all-minilm-l6-v2")
-"""Models that come as wheels."""
+SHIPPED = ("smollm2-135m", "storyteller", "all-minilm-l6-v2")
+"""Models that are on the disk after the set-up."""
 
 REPEATING_TEXT = "Mr Zabriskie met a purple owl in Lisbon. Later Mr Zabriskie met a purple"
 """A text in which the next token is to be found by looking back: induction heads show what they do."""
@@ -52,7 +52,8 @@ class TextParams(ExperimentParams):
     model: str = Field(
         "smollm2-135m",
         title="Model",
-        description="smollm2-135m, any Hugging Face id, a local folder with a config.json, or a .gguf file.",
+        description="smollm2-135m, storyteller (our own), all-minilm-l6-v2 (an encoder), any Hugging Face id, a local "
+        "folder with a config.json, or a .gguf file.",
         max_length=300,
     )
     weights: Literal["trained", "untrained"] = Field(

@@ -12,7 +12,7 @@ from typing import Any
 from distributed import Client, Future, KilledWorker
 from distributed.client import FutureCancelledError
 
-from engine.errors import JobFailedError
+from engine.errors import JobCancelledError, JobFailedError
 from engine.runtime import tasks
 from engine.runtime.jobs import Progress
 from engine.runtime.tasks import Outcome
@@ -97,7 +97,7 @@ class Dispatcher:
             await self._first(answer, work.stopping)
             if work.stop_reason is not None:
                 await self._halt(run, future, answer)
-                return Outcome(error=work.stop_reason)
+                return self._partial(work, answer.result()) or Outcome(error=work.stop_reason)
             outcome = answer.result()
             if outcome is not None and not outcome.healthy:
                 await self._kill(run.worker)
@@ -107,6 +107,12 @@ class Dispatcher:
                 run.timer.cancel()
             del self._runs[run.id]
             future.release()  # at once: Dask would compute a result that it lost with its worker again
+
+    @staticmethod
+    def _partial(work: Work, outcome: Outcome | None) -> Outcome | None:
+        """What a cancelled run had so far, if it is of the kind that returns it and did so in time."""
+        wanted = work.params.returns_partial and isinstance(work.stop_reason, JobCancelledError)
+        return outcome if wanted and outcome is not None and outcome.error is None else None
 
     @staticmethod
     async def _first(answer: asyncio.Task[Outcome | None], event: asyncio.Event) -> None:

@@ -284,6 +284,14 @@ def test_an_encoder_sees_both_ways_and_predicts_nothing():
     assert "encoder" in result.sentence
 
 
+def test_our_own_small_model_has_the_heads_that_it_was_trained_to_have():
+    found = attention.run(attention.Params(text="One day, Lily and Tom went to the", model="storyteller"), LocalJob())
+    assert found.attention.shape[:2] == (6, 8)
+    assert found.on_probe["induction"].max() > 0.8
+    assert found.on_probe["previous token"].max() > 0.8
+    assert "storyteller" in found.source
+
+
 def test_a_masked_language_model_has_logits_and_still_no_next_token(tmp_path):
     settings = {"text": "Mary gave John a drink", "model": str(save(tmp_path / "masked", "masked")), "layer": 0}
     found = attention_effect.run(attention_effect.Params(**settings), LocalJob())

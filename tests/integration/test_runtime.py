@@ -228,6 +228,13 @@ class TestRuns:
         assert ticket.progress == Progress(20, 20, {"square": 400.0})
         assert 1.0 <= ticket.seconds < 3.0
 
+    def test_a_cancelled_run_that_returns_what_it_has_is_done_with_that(self, runtime):
+        ticket = submit(runtime, "learning")
+        until(lambda: ticket.progress is not None and ticket.progress.step >= 3)
+        ticket.cancel()
+        assert 3 <= finished(ticket).result().steps < 400
+        assert ticket.state == "done"
+
     def test_twenty_at_once_are_served_in_order(self, runtime, tmp_path):
         log = tmp_path / "log"
         tickets = [submit(runtime, "counting", f"owner-{n}", steps=n, pause=0.005, log=str(log)) for n in range(1, 21)]

@@ -1,0 +1,90 @@
+"""The shape of a decoder, and what follows from it without building one: parameters, FLOPs, bytes.
+
+Free of torch, so that a page can predict before anything runs.
+
+Legend: L layers, H query heads, G key/value heads, d head width, D model width, F feed-forward width, V vocabulary,
+T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from engine.settings import Settings
+
+_FFN_MULTIPLE = 32
+
+
+class ModelConfig(Settings):
+    """Every number that shapes a `Decoder`.
+
+    Raises:
+        InputError: a value is wrong; the message names the field, the value and what is allowed.
+    """
+
+    d_model: int = Field(256, ge=2, description="D, the width of the residual stream.")
+    num_layers: int = Field(6, ge=1, description="L.")
+    num_heads: int = Field(8, ge=1, description="H, query heads of a layer.")
+    num_kv_heads: int = Field(
+        default_factory=lambda data: data.get("num_heads", 1),
+        ge=1,
+        description="G, key and value heads of a layer; fewer than H is grouped-query attention.",
+    )
+    head_dim: int = Field(default_factory=lambda data: _head_dim(data), ge=2, description="d, even, D / H by default.")
+    ffn_dim: int = Field(
+        default_factory=lambda data: _ffn_dim(data),
+        ge=1,
+        description="F, width inside the feed-forward network, by default 8·D/3 rounded up to a multiple of 32.",
+    )
+    vocab_size: int = Field(1000, ge=2, description="V.")
+    max_seq_len: int = Field(2048, ge=2, description="Longest text in tokens.")
+    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False, description="Base of the rotary angles.")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="Added to the mean square in RMSNorm.")
+    tie_embeddings: bool = Field(True, description="Whether the head shares the embedding's weights.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of every residual update that is dropped in training.")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if "head_dim" not in self.model_fields_set and self.d_model % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}: it must divide d_model, which is {self.d_model}.")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: it must be even, since rotary embedding turns pairs.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}: it must divide num_heads, which is {self.num_heads}."
+            )
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * (self._layer_matrices + 2 * self.d_model) + self.d_model
+
+    @property
+    def _layer_matrices(self) -> int:
+        attention = 2 * self.d_model * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return attention + 3 * self.d_model * self.ffn_dim
+
+    def forward_flops(self, length: int) -> float:
+        """FLOPs of one forward pass over T tokens: 2 per weight and token, and causal attention.
+
+            2·T·(L·(2D(H + G)d + 3DF) + DV) + 2·L·H·T²·d
+
+        A training step costs three times as much: the backward pass takes two products for each of the forward pass.
+
+        Source: Kaplan et al. 2020, table 1, with half of the attention since it is causal.
+        """
+        weights = self.num_layers * self._layer_matrices + self.d_model * self.vocab_size
+        attention = 2 * self.num_layers * self.num_heads * length**2 * self.head_dim
+        return 2.0 * length * weights + attention
+
+
+def _head_dim(data: dict) -> int:
+    return max(2, data.get("d_model", 2) // data.get("num_heads", 1))
+
+
+def _ffn_dim(data: dict) -> int:
+    return -(-8 * data.get("d_model", 2) // 3 // _FFN_MULTIPLE) * _FFN_MULTIPLE

@@ -1,0 +1,58 @@
+"""The shipped small model as the training lab sees it: its files, and how its own training went.
+
+Legend: S steps, M checkups, B batch, T tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+SHIPPED = Path(__file__).parents[1] / "storyteller"
+"""The small model: its tokenizer, its held-out stories and the log of its training."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The training of the shipped model, as it was recorded.
+
+    Args:
+        step, loss: (S,), as in `engine.experiments.training.Result`.
+        checked, held_out_loss, induction, previous_token: (M,), likewise.
+        tokens_per_step: B·T.
+        device: where it ran.
+    """
+
+    step: np.ndarray
+    loss: np.ndarray
+    checked: np.ndarray
+    held_out_loss: np.ndarray
+    induction: np.ndarray
+    previous_token: np.ndarray
+    tokens_per_step: int
+    device: str
+
+
+@lru_cache(maxsize=1)
+def recorded_run() -> Recorded | None:
+    """The run that made the shipped model; None where its log is missing."""
+    try:
+        log = json.loads((SHIPPED / "log.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    recipe, checkups = log["recipe"], log["checkups"]
+    options = recipe["options"]
+    return Recorded(
+        step=np.arange(1, len(log["steps"]) + 1),
+        loss=np.array([loss for loss, *_ in log["steps"]]),
+        checked=np.array([checkup["step"] for checkup in checkups]),
+        held_out_loss=np.array([checkup["held_out_loss"] for checkup in checkups]),
+        induction=np.array([checkup["induction"]["score"] for checkup in checkups]),
+        previous_token=np.array([checkup["previous_token"]["score"] for checkup in checkups]),
+        tokens_per_step=options["batch_size"] * options["accumulate"] * recipe["block_size"],
+        device=log["device"],
+    )

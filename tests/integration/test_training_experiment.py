@@ -1,0 +1,190 @@
+"""The training experiment in this process: what it learns, keeps and says."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from engine import experiments
+from engine.errors import InputError
+from engine.experiments import _training, training, training_tests
+from engine.runtime.jobs import LocalJob
+
+TINY = {"num_layers": 1, "d_model": 32, "num_heads": 2, "batch_size": 2, "steps": 6}
+GUESSING = math.log(training.VOCAB_SIZE)
+
+
+def train(job=None, **values):
+    return training.run(training.Params(**{**TINY, **values}), job or LocalJob())
+
+
+@pytest.fixture(scope="module")
+def result():
+    return train(steps=60, learning_rate=0.01, random_share=0.0)
+
+
+def test_it_learns(result):
+    assert abs(result.held_out_loss[0] - GUESSING) < 0.3
+    assert result.held_out_loss[-1] < result.held_out_loss[0] - 1
+    assert result.loss[-5:].mean() < result.loss[:5].mean() - 1
+
+
+def test_every_step_and_every_checkup_is_there(result):
+    np.testing.assert_array_equal(result.step, np.arange(1, 61))
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        assert getattr(result, name).shape == (60,)
+    assert result.checked[0] == 0
+    assert result.checked[-1] == 60
+    assert (np.diff(result.checked) > 0).all()
+    for name in ("held_out_loss", "induction", "previous_token"):
+        assert getattr(result, name).shape == result.checked.shape
+    assert ((result.induction >= 0) & (result.induction <= 1)).all()
+
+
+def test_the_samples_begin_with_the_prompt_and_change(result):
+    assert [sample.step for sample in result.samples] == [0, 50, 60]
+    assert all(sample.text.startswith("One day, Lily and Tom went to the") for sample in result.samples)
+    assert result.samples[0].text != result.samples[-1].text
+
+
+def test_what_was_predicted_is_near_what_was_measured(result):
+    predicted, measured = result.predicted, result.measured
+    assert predicted.parameters == measured.parameters
+    assert measured.flops == pytest.approx(predicted.flops, rel=0.1)
+    assert measured.memory_bytes == pytest.approx(predicted.memory_bytes, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_layers": 2, "d_model": 128, "num_heads": 4, "batch_size": 8}, {"num_layers": 6, "d_model": 64}]
+)
+def test_memory_is_predicted_for_other_shapes(values):
+    found = train(**values, steps=1)
+    assert found.measured.memory_bytes == pytest.approx(found.predicted.memory_bytes, rel=0.3)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_equal_seeds_train_alike_and_others_do_not(seed):
+    one, again, other = train(seed=seed), train(seed=seed), train(seed=seed + 10)
+    np.testing.assert_array_equal(one.loss, again.loss)
+    assert [sample.text for sample in one.samples] == [sample.text for sample in again.samples]
+    assert (one.loss != other.loss).all()
+
+
+def test_every_step_is_reported_with_its_numbers():
+    seen = []
+    train(LocalJob(on_progress=seen.append))
+    assert [progress.step for progress in seen] == [1, 2, 3, 4, 5, 6]
+    assert {progress.total for progress in seen} == {6}
+    assert seen[-1].numbers.keys() == {
+        "loss",
+        "held_out_loss",
+        "learning_rate",
+        "gradient_norm",
+        "tokens_per_second",
+        "induction_score",
+    }
+    assert all(math.isfinite(number) for progress in seen for number in progress.numbers.values())
+
+
+def test_a_cancelled_run_returns_what_it_learned():
+    job = LocalJob()
+    job._on_progress = lambda progress: setattr(job, "cancelled", progress.step == 3)
+    found = train(job)
+    assert found.ended == "cancelled"
+    assert "after step 3 of 6" in found.ending
+    assert found.step.tolist() == [1, 2, 3]
+    assert found.checked[-1] == 3
+    assert found.samples[-1].step == 3
+
+
+def test_a_run_cancelled_before_its_first_step_is_the_fresh_model():
+    job = LocalJob()
+    job.cancelled = True
+    found = train(job)
+    assert found.ended == "cancelled"
+    assert found.step.tolist() == []
+    assert found.checked.tolist() == [0]
+
+
+def test_a_diverging_rate_names_the_step_and_keeps_what_was_learned():
+    found = train(learning_rate=10, steps=40)
+    assert found.ended == "diverged"
+    assert f"diverged at step {len(found.step) + 1} of 40" in found.ending
+    assert np.isfinite(found.loss).all()
+    assert len(found.step) > 0
+
+
+class TestBadInput:
+    def test_heads_that_do_not_divide_the_width(self):
+        with pytest.raises(InputError, match="num_heads is 3: it must divide d_model, which is 128"):
+            experiments.parse("training", {"num_heads": "3"})
+
+    def test_a_head_of_odd_width(self):
+        with pytest.raises(InputError, match=r"head_dim is 1\b|even"):
+            experiments.parse("training", {"d_model": "33", "num_heads": "11"})
+
+    @pytest.mark.parametrize("text", ["Hello.", "word " * 200])
+    def test_a_text_shorter_than_its_blocks(self, text):
+        with pytest.raises(InputError, match="tokens, training needs 258"):
+            train(text=text)
+
+    def test_spaces_alone_are_no_text(self):
+        assert train(text="   ", steps=1).training_tokens == train(steps=1).training_tokens
+
+
+def test_a_short_text_takes_smaller_batches_and_says_what_they_hold():
+    found = train(text="the cat sat on the mat. " * 60, batch_size=32, steps=2)
+    assert found.tokens_per_step == found.training_tokens // 128 * 128
+    assert found.measured.flops == pytest.approx(found.predicted.flops, rel=0.1)
+
+
+def test_nothing_of_the_held_out_part_is_learned():
+    tokens = torch.arange(5000)
+    learned, tested = training.split(tokens)
+    assert learned.max() < tested.min()
+    assert len(learned) + len(tested) == 5000
+    assert len(tested) == 500
+
+
+def test_the_recorded_run_is_the_shipped_model_s():
+    found = _training.recorded_run()
+    assert found.tokens_per_step > 1000
+    assert found.checked[0] == 0
+    assert found.checked[-1] == found.step[-1] == len(found.loss)
+    assert found.held_out_loss[-1] < 2
+    assert found.induction[0] < 0.1
+    assert found.induction[-1] > 0.9
+    assert "H200" in found.device
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_its_properties_hold(seed):
+    found = training_tests.run(training_tests.Params(**{**TINY, "seed": seed}), LocalJob())
+    assert len(found.checks) == 5
+    assert all(check.passed for check in found.checks), found.checks
+
+
+def test_a_property_that_does_not_hold_is_seen(monkeypatch):
+    monkeypatch.setattr(training_tests, "_fresh", lambda params, device: _loud(params))
+    found = training_tests.run(training_tests.Params(**TINY), LocalJob())
+    assert not next(check for check in found.checks if "guesses" in check.name).passed
+
+
+def _loud(params):
+    from engine.model import Decoder
+
+    model = Decoder(params.architecture)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(4)
+    return model
+
+
+def test_its_modules_need_no_torch_before_they_run():
+    code = (
+        "import sys; from engine.experiments import _training, training, training_tests; training.Params().predict(); "
+        "_training.recorded_run(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

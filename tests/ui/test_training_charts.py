@@ -1,0 +1,86 @@
+"""The curves carry the numbers they are given."""
+
+import numpy as np
+import pytest
+
+from ui import theme
+from ui.charts import training as charts
+from ui.charts.training import Line
+from ui.training.settings import amount
+
+X = np.arange(1, 41)
+Y = np.linspace(8, 4, 40)
+
+
+def draw(*lines, **options):
+    return charts.curves(lines, across="step", up="loss", **options)
+
+
+def test_a_curve_has_its_points_its_name_and_its_axes():
+    fig = draw(Line("held-out loss", X, Y, 1))
+    (trace,) = fig.data
+    np.testing.assert_array_equal(trace.x, X)
+    np.testing.assert_array_equal(trace.y, Y)
+    assert trace.name == "held-out loss"
+    assert fig.layout.xaxis.title.text == "step"
+    assert fig.layout.yaxis.title.text == "loss"
+
+
+def test_single_steps_are_faint_behind_their_running_mean():
+    noisy = Y + np.random.default_rng(0).normal(size=40)
+    faint, smooth = draw(Line("loss", X, noisy, 0, raw=True)).data
+    np.testing.assert_array_equal(faint.y, noisy)
+    assert faint.opacity < 0.5
+    assert not faint.showlegend
+    assert np.abs(np.diff(smooth.y)).mean() < np.abs(np.diff(noisy)).mean() / 2
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 40])
+@pytest.mark.parametrize("window", [1, 4, 15])
+def test_the_running_mean_is_the_mean_of_the_last_few(length, window):
+    values = np.random.default_rng(length).normal(size=length)
+    expected = [values[max(0, place - window + 1) : place + 1].mean() for place in range(length)]
+    np.testing.assert_allclose(charts.running_mean(values, window), expected)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_what_was_recorded_is_dashed_and_grey(mode):
+    trace = draw(Line("recorded", X, Y, None), mode=mode).data[0]
+    assert trace.line.dash == "dash"
+    assert trace.line.color == theme.CATEGORIES[mode][-1]
+
+
+def test_recorded_steps_are_a_dotted_mean_without_the_faint_ones():
+    (trace,) = draw(Line("recorded", X, Y, None, raw=True)).data
+    assert trace.line.dash == "dot"
+    np.testing.assert_allclose(trace.y, charts.running_mean(Y))
+
+
+def test_an_empty_curve_is_left_out_and_a_single_point_is_seen():
+    fig = draw(Line("none", X[:0], Y[:0], 0), Line("one", X[:1], Y[:1], 1))
+    assert [trace.name for trace in fig.data] == ["one"]
+    assert not draw(Line("recorded", X[:1], Y[:1], None)).data
+    assert "markers" in fig.data[0].mode
+
+
+def test_a_long_run_is_thinned_with_both_ends_kept():
+    trace = draw(Line("long", np.arange(5000), np.arange(5000.0), 0)).data[0]
+    assert len(trace.x) <= 600
+    assert (trace.x[0], trace.x[-1]) == (0, 4999)
+    np.testing.assert_array_equal(trace.x, trace.y)
+
+
+def test_shares_are_on_one_fixed_scale_and_heights_are_marked():
+    fig = draw(Line("induction", X, Y / 8, 2), share=True, marks=[(0.5, "half")])
+    assert fig.layout.yaxis.range[0] <= 0
+    assert fig.layout.yaxis.range[1] >= 1
+    assert fig.layout.shapes[0].y0 == 0.5
+    assert fig.layout.annotations[0].text == "half"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 "), (1, "1 "), (999, "999 "), (1000, "1 k"), (926_336, "926 k"), (1.5e12, "1.5 T"), (2e19, "2e+04 P")],
+)
+def test_amounts_have_prefixes(number, said):
+    assert amount(number) == said

@@ -1,0 +1,196 @@
+"""The training lab in Streamlit's own test harness, on the real runtime and a tiny model."""
+
+import base64
+import json
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import ui.run
+from engine.runtime import Runtime
+
+APP = Path(__file__).parents[2] / "app.py"
+SECONDS = 90
+TINY = {"num_layers": 1, "d_model": 32, "num_heads": 2, "batch_size": 2, "steps": 60, "learning_rate": "0.01"}
+
+
+@pytest.fixture(scope="module")
+def real_runtime():
+    runtime = Runtime.start(warm_up=("engine.tracing",))
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def lab(real_runtime, monkeypatch):
+    """Opens the lab, as a browser with this query string would."""
+    started = Future()
+    started.set_result(real_runtime)
+    monkeypatch.setattr(ui.run, "starting", lambda: started)
+
+    def open_with(**query):
+        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
+        app.run()
+        app.switch_page("app_pages/training.py")
+        app.query_params.update({f"training_{name}": str(value) for name, value in {**TINY, **query}.items()})
+        return finished(app)
+
+    return open_with
+
+
+def finished(app):
+    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
+    end = time.monotonic() + SECONDS
+    app.run()
+    while app.progress or app.get("skeleton"):
+        assert time.monotonic() < end, "the page never got there"
+        time.sleep(0.1)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def train(app):
+    app.button(key="_training_train").click()
+    return finished(app)
+
+
+def words(app):
+    """Everything the page says, without Markdown's escapes."""
+    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.subheader, app.text)
+    return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
+
+
+def spec(app, key):
+    return decoded(json.loads(app.get_by_key(key).proto.spec))
+
+
+def decoded(found):
+    """Plotly's base64 arrays as lists."""
+    for trace in found["data"]:
+        for axis in "xy":
+            if isinstance(trace[axis], dict):
+                raw = base64.b64decode(trace[axis]["bdata"])
+                trace[axis] = np.frombuffer(raw, trace[axis]["dtype"]).tolist()
+    return found
+
+
+def names(app, key):
+    return [trace["name"] for trace in spec(app, key)["data"]]
+
+
+def test_nothing_runs_before_it_is_asked_for_and_the_cost_is_predicted(lab):
+    app = lab()
+    assert "Nothing is trained yet" in words(app)
+    before = next(caption.value for caption in app.caption if caption.value.startswith("Predicted"))
+    app.slider(key="training_num_layers").set_value(4)
+    finished(app)
+    after = next(caption.value for caption in app.caption if caption.value.startswith("Predicted"))
+    assert before != after
+
+
+def test_a_run_is_drawn_with_the_recorded_one_beside_it(lab):
+    app = train(lab())
+    assert "All 60 steps were taken" in words(app)
+    assert "The held-out loss went from 8." in words(app)
+    assert names(app, "training_loss")[:3] == ["training loss, single steps", "training loss", "held-out loss"]
+    assert names(app, "training_loss")[3:] == ["shipped model (NVIDIA H200, recorded), training"]
+    assert spec(app, "training_loss")["data"][3]["line"]["dash"] == "dot"
+    assert spec(app, "training_loss")["data"][3]["x"][-1] == 60
+    assert "No induction head formed in 60 steps" in words(app)
+    assert "Step 0\n" in words(app).replace("*", "")
+    assert "One day, Lily and Tom went to the" in words(app)
+    assert app.table[0].value.loc["parameters"].nunique() == 1
+
+
+def test_along_the_tokens_both_runs_are_whole(lab):
+    app = train(lab(along="Tokens read"))
+    assert all(trace["x"][0] > 0 for trace in spec(app, "training_heads")["data"])
+    assert names(app, "training_loss")[3:] == [
+        "shipped model (NVIDIA H200, recorded), held-out",
+        "shipped model (NVIDIA H200, recorded), training",
+    ]
+    assert spec(app, "training_heads")["layout"]["xaxis"]["type"] == "log"
+    assert len(spec(app, "training_heads")["data"][-1]["x"]) > 20
+
+
+def test_other_settings_wait_for_the_button(lab):
+    app = train(lab())
+    app.slider(key="training_steps").set_value(20)
+    finished(app)
+    assert "trained with other settings" in words(app)
+    assert "All 60 steps were taken" in words(app)
+    train(app)
+    assert "All 20 steps were taken" in words(app)
+    assert "trained with other settings" not in words(app)
+
+
+def test_the_same_settings_can_be_trained_again(lab):
+    app = train(lab())
+    before = next(caption.value for caption in app.caption if "FLOP/s" in caption.value)
+    train(app)
+    assert next(caption.value for caption in app.caption if "FLOP/s" in caption.value) != before
+
+
+def test_a_rate_that_is_too_high_names_the_step(lab):
+    app = train(lab(learning_rate=10))
+    assert "Training diverged at step" in words(app)
+    assert "What was learned until then is shown" in words(app)
+
+
+class TestBadInput:
+    def test_heads_that_do_not_divide_the_width_are_one_sentence(self, lab):
+        app = lab(num_heads=3)
+        assert "num_heads is 3: it must divide d_model, which is 32" in words(app)
+        app.selectbox(key="training_num_heads").set_value(4)
+        finished(app)
+        assert "must divide" not in words(app)
+
+    def test_a_text_too_short_is_one_sentence_and_stays(self, lab):
+        app = train(lab(text="Too short."))
+        assert "training needs 258" in words(app)
+        assert app.text_area(key="training_text").value == "Too short."
+
+    def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
+        app = lab(steps="banana", learning_rate="fast")
+        assert "banana" in words(app)
+        assert "fast" in words(app)
+        assert app.slider(key="training_steps").value == 300
+
+
+def test_a_run_can_be_cancelled_and_the_page_says_so(lab):
+    app = lab(steps=2000, num_layers=4, d_model=128, batch_size=32)
+    app.button(key="_training_train").click()
+    app.run()
+    end = time.monotonic() + SECONDS
+    while not app.progress:
+        assert time.monotonic() < end
+        app.run()
+    app.button(key="_cancel_training_run").click()
+    finished(app)
+    assert "Cancelled." in words(app)
+
+
+def test_the_guess_lies_beside_what_was_measured(lab):
+    app = lab(tab="Predict", guess=9.0)
+    assert "Set your guess" in words(app)
+    train(app)
+    assert "You said 9.0, it is" in words(app)
+    assert "learned more than you expected" in words(app)
+    app.slider(key="training_guess").set_value(1.0)
+    finished(app)
+    assert "learned less than you expected" in words(app)
+
+
+def test_the_tests_tab_is_green_on_this_shape(lab):
+    assert "5 of 5 properties hold" in words(lab(tab="Tests"))
+
+
+def test_the_code_tab_shows_the_step_and_the_block(lab):
+    app = lab(tab="Code")
+    assert any("def _take_step" in code.value for code in app.code)
+    assert any("class Block" in code.value for code in app.code)

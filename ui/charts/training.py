@@ -1,0 +1,133 @@
+"""Pictures of a training run: arrays in, Plotly figure out. What was recorded elsewhere is dashed and grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ui import theme
+
+_WINDOW = 15
+_MAX_POINTS = 600
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Args:
+        name: in the legend.
+        x, y: its points.
+        colour: index into `theme.CATEGORIES`; None is the grey of what was recorded, dashed.
+        raw: whether these are single steps: their running mean is drawn, and they themselves faintly behind it unless
+            they were recorded.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: int | None = 0
+    raw: bool = False
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    across: str,
+    up: str,
+    logarithmic: bool = False,
+    share: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+    mode: theme.Mode = "light",
+) -> go.Figure:
+    """Curves over the steps of a run, or over the tokens read.
+
+    Args:
+        lines: what to draw; an empty one is left out, and so is a dashed one of a single point, which would not show.
+        across, up: titles of the axes, with their units.
+        logarithmic: whether the horizontal axis is.
+        share: whether the vertical axis is a share from 0 to 1.
+        marks: heights to mark with a dotted line, and what to call each.
+        mode: light or dark.
+    """
+    surface = theme.SURFACES[mode]
+    vertical = {"title": {"text": up}, "rangemode": "tozero" if not share else "normal"}
+    if share:
+        vertical |= {"range": [-0.02, 1.05], "tickformat": ".0%"}
+    traces = [trace for line in lines if len(line.x) > (line.colour is None) for trace in _traces(line, share, mode)]
+    return go.Figure(
+        traces,
+        {
+            "margin": {"l": 56, "r": 14, "t": 58, "b": 48},
+            "xaxis": {"title": {"text": across}, **({"type": "log", "exponentformat": "SI"} if logarithmic else {})},
+            "yaxis": vertical,
+            "hovermode": "x unified",
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "showlegend": True,
+            "shapes": [
+                {
+                    "type": "line",
+                    "xref": "paper",
+                    "x0": 0,
+                    "x1": 1,
+                    "y0": height,
+                    "y1": height,
+                    "line": {"color": surface.muted, "width": 1, "dash": "dot"},
+                }
+                for height, _ in marks
+            ],
+            "annotations": [
+                {
+                    "text": label,
+                    "xref": "paper",
+                    "x": 1,
+                    "xanchor": "right",
+                    "y": height,
+                    "yanchor": "bottom",
+                    "showarrow": False,
+                    "font": {"size": 12, "color": surface.muted},
+                }
+                for height, label in marks
+            ],
+        },
+    )
+
+
+def running_mean(values: np.ndarray, window: int = _WINDOW) -> np.ndarray:
+    """The mean of the last `window` values at each place, of fewer where there are not yet so many."""
+    total = np.cumsum(values)
+    before = np.concatenate([np.zeros(min(window, len(values))), total[:-window]])
+    return (total - before) / np.minimum(np.arange(1, len(values) + 1), window)
+
+
+def _traces(line: Line, share: bool, mode: theme.Mode) -> list[dict[str, object]]:
+    thin = np.unique(np.linspace(0, len(line.x) - 1, _MAX_POINTS).astype(int))
+    recorded = line.colour is None
+    dash = ("dot" if line.raw else "dash") if recorded else "solid"
+    colour = theme.CATEGORIES[mode][-1 if recorded else line.colour]
+    smooth = running_mean(line.y) if line.raw else line.y
+    drawn = {
+        "type": "scatter",
+        "name": line.name,
+        "x": line.x[thin],
+        "y": smooth[thin],
+        "mode": "lines" if recorded or line.raw or len(line.x) > 60 else "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": dash},
+        "marker": {"size": 5},
+        "hovertemplate": "%{y:.0%}" if share else "%{y:.4g}",
+    }
+    if not line.raw or recorded:
+        return [drawn]
+    faint = drawn | {
+        "name": f"{line.name}, single steps",
+        "y": line.y[thin],
+        "line": {"color": colour, "width": 1},
+        "opacity": 0.3,
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+    del faint["hovertemplate"]
+    return [faint, drawn]

@@ -1,0 +1,1 @@
+"""The training lab: what its page shows."""

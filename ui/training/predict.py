@@ -1,0 +1,62 @@
+"""The Predict tab of the training lab: guess the loss before the run, see it after."""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+
+from engine.experiments import training
+from ui import chart, run, theme
+from ui.charts import training as charts
+from ui.prose import plain
+from ui.training.explore import trained
+from ui.training.settings import PREFIX, RUN, Settings
+
+_GUESSING = float(np.log(training.VOCAB_SIZE))
+
+
+def predict(given: Settings) -> None:
+    """The Predict tab: the guess is made before the run, and lies beside it afterwards."""
+    st.markdown(
+        f"**How far will it get?** Before it has learned anything, a token costs {_GUESSING:.2f} nats. "
+        f"What will a token of unread text cost after {given.params.steps} steps?"
+    )
+    guess = st.slider(
+        "Your guess of the last held-out loss, nats a token",
+        0.0,
+        9.0,
+        6.0,
+        0.1,
+        key=f"{PREFIX}_guess",
+        bind="query-params",
+    )
+    if given.started is None:
+        st.caption("Set your guess, then press “Train”.")
+        return
+    found = trained(given)
+    if found is None:
+        return
+    measured = float(found.held_out_loss[-1])
+    off = guess - measured
+    words = f"You said {guess:.1f}, it is {measured:.2f} after step {found.checked[-1]}"
+    if abs(off) <= 0.2:
+        st.success(plain(f"{words}: well guessed."), icon=":material/check_circle:")
+    else:
+        side = "learned more" if off > 0 else "learned less"
+        st.info(plain(f"{words}: the model {side} than you expected."), icon=":material/lightbulb:")
+    fig = charts.curves(
+        [charts.Line("held-out loss", found.checked, found.held_out_loss, 1)],
+        across="step",
+        up="loss, nats a token",
+        marks=[(_GUESSING, "guessing"), (guess, "your guess")],
+        mode=theme.mode(),
+    )
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=_sentence(found), height=340)
+    if run.params_of(RUN) != given.params:
+        st.caption("The settings have changed since this run: guess again, then press “Train again”.")
+
+
+def _sentence(found: training.Result) -> str:
+    half = (found.held_out_loss[0] + found.held_out_loss.min()) / 2
+    first = int(np.flatnonzero(found.held_out_loss <= half)[0])
+    return f"Half of all progress was made by step {found.checked[first]} of {found.checked[-1]}."
