@@ -50,8 +50,6 @@ TIERS = (
             "engine/pretrained.py",
             "engine/settings.py",
             "engine/tracing.py",
-            "engine/trainer.py",
-            "engine/training_state.py",
         ),
     ),
     Tier(
@@ -60,6 +58,9 @@ TIERS = (
         85,
         (
             "engine/runtime",
+            "engine/pretraining",
+            "engine/trainer.py",
+            "engine/training_state.py",
             "engine/checkpoints.py",
             "engine/measure.py",
             "engine/memory.py",

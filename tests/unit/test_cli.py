@@ -177,7 +177,8 @@ def test_fetch_says_where_the_model_is(capsys, monkeypatch):
 def test_ctrl_c_stops_without_a_traceback(lab):
     command = [sys.executable, "-m", "engine", "run", "letters", "--kind", "slow", "--device", "cpu"]
     environment = {**os.environ, "WORKBENCH_EXPERIMENTS": str(lab)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background job ignores it
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **heard)
     while "step" not in process.stderr.read(5):
         pass
     process.send_signal(signal.SIGINT)
