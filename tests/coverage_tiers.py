@@ -50,6 +50,8 @@ TIERS = (
             "engine/pretrained.py",
             "engine/settings.py",
             "engine/tracing.py",
+            "engine/trainer.py",
+            "engine/training_state.py",
         ),
     ),
     Tier(
@@ -59,8 +61,6 @@ TIERS = (
         (
             "engine/runtime",
             "engine/pretraining",
-            "engine/trainer.py",
-            "engine/training_state.py",
             "engine/checkpoints.py",
             "engine/measure.py",
             "engine/memory.py",
