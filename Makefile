@@ -31,9 +31,8 @@ $(VENV)/.ready: requirements.txt requirements-model.txt
 	$(BIN)/python -m engine fetch
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-dev-models.txt
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev-models.txt
 	@touch $@
 
 clean:

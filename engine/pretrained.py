@@ -1,8 +1,8 @@
 """Pretrained models: a name becomes a model in memory, with its tokenizer and its sizes.
 
-    model = load("smollm2-135m")
-    ids = model.encode("When Mary and John went to the store,")
-    print(model.readable(ids))  # ['When', '␣Mary', '␣and', …]
+    model = load()
+    ids = model.encode("Mia and Sam went to the forest.")
+    print(model.readable(ids))  # ['Mia', '␣and', '␣Sam', …]
 
 `engine.checkpoints` finds the weights, `engine.tracing` looks inside.
 """
@@ -15,8 +15,7 @@ import threading
 import unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,15 +26,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from engine import checkpoints, local_models
+from engine import catalogue, checkpoints, local_models
+from engine.catalogue import Kind
 from engine.errors import InputError
 from engine.tracing import OBSERVED, check_observable
 
-DEFAULT_MODEL = "smollm2-135m"
 MAX_LOADED = 2
 """How many models stay in memory; the one that was used least recently goes first."""
-
-Kind = Literal["decoder", "encoder"]
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -160,14 +157,14 @@ _loaded_lock = threading.Lock()
 _loading_lock = threading.Lock()
 
 
-def load(name: str = DEFAULT_MODEL, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pretrained:
+def load(name: str = catalogue.DEFAULT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pretrained:
     """The model called `name`; the `MAX_LOADED` used last stay in memory.
 
-    The first load of a GGUF file converts it (some twenty seconds), later ones read the converted weights (well under
-    a second for the default). A local model that has changed is loaded anew.
+    The first load of a GGUF file converts it (some twenty seconds), later ones read the converted weights. A local
+    model that has changed is loaded anew.
 
     Args:
-        name: a short name (smollm2-135m, all-minilm-l6-v2), a Hugging Face id, a folder, or a .gguf file.
+        name: a short name of `engine.catalogue`, a Hugging Face id, a folder, or a .gguf file.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         dtype: of the weights and of the computation.
 
@@ -190,9 +187,9 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu", dtype: torch.dtype = to
         return pretrained
 
 
-def fetch_default() -> Path:
-    """Convert the default model ahead of its first use; returns the folder of the converted weights."""
-    return checkpoints.find(DEFAULT_MODEL, "cpu", torch.float32).folder
+def fetch() -> checkpoints.Checkpoint:
+    """Fetch or convert SmolLM2 ahead of its first use; the other models of the catalogue are ready as installed."""
+    return checkpoints.find(catalogue.SMOLLM2, "cpu", torch.float32)
 
 
 def _recall(key: tuple[str, int, str, torch.dtype]) -> Pretrained | None:

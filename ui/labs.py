@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.catalogue import SMOLLM2
 from engine.experiments._attention import REPEATING_TEXT
 
 
@@ -52,8 +53,8 @@ ATTENTION = Lab(
     script="app_pages/attention.py",
     starts=(
         Start("Find the induction heads", {"order": "Induction heads", "text": REPEATING_TEXT}),
-        Start("See where attention rests", {"order": "Sinks"}),
         Start("Follow one head step by step", {"view": "Step by step"}),
+        Start("See where SmolLM2's attention rests", {"order": "Sinks", "model": SMOLLM2}),
         Start("Look at heads before training", {"weights": "untrained"}),
     ),
 )
@@ -65,7 +66,7 @@ TRAINING = Lab(
     icon=":material/school:",
     script="app_pages/training.py",
     starts=(
-        Start("Teach a small model in a minute"),
+        Start("Watch an induction head form"),
         Start("See a learning rate that is too high", {"learning_rate": "1", "steps": "100"}),
     ),
 )

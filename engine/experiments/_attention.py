@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field, field_validator
 
-from engine import local_models
+from engine import catalogue, local_models
 from engine.errors import InputError, JobCancelledError
 from engine.experiments import ExperimentParams
 
@@ -28,10 +28,7 @@ MAX_TOKENS = 128
 
 MAX_CHARACTERS = 20_000
 
-SHIPPED = ("smollm2-135m", "storyteller", "all-minilm-l6-v2")
-"""Models that are on the disk after the set-up."""
-
-REPEATING_TEXT = "Mr Zabriskie met a purple owl in Lisbon. Later Mr Zabriskie met a purple"
+REPEATING_TEXT = "Lily met a green frog, a red bird and a blue cat. Then Tom met a green frog, a red bird and a blue"
 """A text in which the next token is to be found by looking back: induction heads show what they do."""
 
 PROBE_PERIOD = 25
@@ -44,16 +41,16 @@ class TextParams(ExperimentParams):
     time_limit: ClassVar[float] = 180.0
 
     text: str = Field(
-        "When Mary and John went to the store, John gave a drink to",
+        "Mia and Sam went to the forest. They saw a blue owl. Mia and",
         title="Your text",
         description=f"Anything you like, up to {MAX_TOKENS} tokens.",
         json_schema_extra={"widget": "area"},
     )
     model: str = Field(
-        "smollm2-135m",
+        catalogue.DEFAULT,
         title="Model",
-        description="smollm2-135m, storyteller (our own), all-minilm-l6-v2 (an encoder), any Hugging Face id, a local "
-        "folder with a config.json, or a .gguf file.",
+        description="storyteller (our own, small), smollm2-135m, all-minilm-l6-v2 (an encoder), any Hugging Face id, a "
+        "local folder with a config.json, or a .gguf file.",
         max_length=300,
     )
     weights: Literal["trained", "untrained"] = Field(
@@ -86,14 +83,14 @@ class TextParams(ExperimentParams):
     @classmethod
     def _some_model(cls, model: str) -> str:
         if not model.strip():
-            raise ValueError("No model is named: smollm2-135m is always there.")
+            raise ValueError(f"No model is named: {catalogue.DEFAULT} is always there.")
         return model.strip()
 
 
 class HeadParams(TextParams):
     """One head of it, and what the learner changes about its attention."""
 
-    layer: int = Field(16, ge=0, le=511, title="Layer", description="Counted from 0, the layer next to the input.")
+    layer: int = Field(5, ge=0, le=511, title="Layer", description="Counted from 0, the layer next to the input.")
     head: int = Field(0, ge=0, le=511, title="Head", description="Counted from 0 within the layer.")
     temperature: float = Field(
         1.0,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from engine import catalogue
 from engine.experiments import Lane, _attention
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Params(_attention.TextParams):
     @property
     def lane(self) -> Lane:
         """Short for the models that are on the disk from the start."""
-        return "short" if self.model in _attention.SHIPPED else "long"
+        return "short" if self.model in catalogue.INSTALLED else "long"
 
 
 @dataclass(frozen=True)

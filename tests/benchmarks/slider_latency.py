@@ -1,6 +1,6 @@
 """How long from the key press to the new chart, in a real browser: the attention lab against a bare page.
 
-    python tests/benchmarks/slider_latency.py [--presses 40]
+    python tests/benchmarks/slider_latency.py [--presses 40] [--model smollm2-135m-q4]
 
 Both are served by the same Streamlit and drawn by the same headless Chromium on the same machine, in turns. The clock
 starts at the browser's keydown event and stops in the first frame in which the heat map's pixels are others.
@@ -128,8 +128,11 @@ def main() -> int:
     """Measure both pages in turns and print the table; returns 1 if the lab misses its target."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--presses", type=int, default=40)
-    presses = arguments.parse_args().presses
-    query = urllib.parse.urlencode({"attention_text": TEXT, "attention_view": "One head"})
+    arguments.add_argument("--model", default="storyteller")
+    given = arguments.parse_args()
+    presses = given.presses
+    settings = {"text": TEXT, "view": "One head", "model": given.model, "layer": 3}  # a layer with one on either side
+    query = urllib.parse.urlencode({f"attention_{name}": value for name, value in settings.items()})
     times: dict[str, list[float]] = {"floor": [], "Temperature": [], "Layer": []}
     with (
         served(ROOT / "tests/benchmarks/bare_page.py", ROOT / "tests/benchmarks") as floor,
@@ -148,7 +151,10 @@ def main() -> int:
             times["Layer"] += pressed(lab, "attention_layer", presses // 4)
         chromium = browser.version
         browser.close()
-    print(f"map of {tokens} · {os.cpu_count()} cores, {platform.processor() or platform.machine()}", end=" · ")
+    print(
+        f"{given.model}, map of {tokens} · {os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        end=" · ",
+    )
     print(f"Chromium {chromium} · streamlit {version('streamlit')} · plotly {version('plotly')}")
     print(f"{'key press to new chart':<34}{'median':>11}{'95th':>13}{'presses':>8}")
     floor_median, floor_high = line("bare page, one slider, one map", times["floor"])

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
 
-TOKENS = 14
+TOKENS = 16
 
 
 @pytest.fixture
@@ -39,22 +39,22 @@ def download(head):
 
 def test_every_format_is_what_it_says(head, download, visit, tmp_path):
     name, png = download("PNG")
-    assert name == "attention-16.0.png"
+    assert name == "attention-5.0.png"
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     seen = head.chart("Onehead").bounding_box()
     assert struct.unpack(">II", png[16:24]) == pytest.approx((2 * seen["width"], 2 * seen["height"]), abs=2)
 
     name, svg = download("SVG")
-    assert name == "attention-16.0.svg"
+    assert name == "attention-5.0.svg"
     root = ElementTree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     written = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"␣Mary", "query ↓", "key →"} <= written
+    assert {"␣Sam", "query ↓", "key →"} <= written
 
     name, table = download("Data as CSV")
-    assert name == "attention-16.0.csv"
+    assert name == "attention-5.0.csv"
     rows = list(csv.DictReader(table.decode().splitlines()))
-    assert rows[-1]["query"] == "␣to"
+    assert rows[-1]["query"] == "␣and"
     assert len(rows) == TOKENS**2
     mass = Counter()
     for place, row in enumerate(rows):
@@ -62,7 +62,7 @@ def test_every_format_is_what_it_says(head, download, visit, tmp_path):
     assert all(total == pytest.approx(1, abs=1e-4) for total in mass.values())
 
     name, html = download("HTML, interactive")
-    assert name == "attention-16.0.html"
+    assert name == "attention-5.0.html"
     saved = tmp_path / name
     saved.write_bytes(html)
     alone = visit()

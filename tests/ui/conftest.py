@@ -23,17 +23,21 @@ class ThreadTicket:
     def __init__(self, params, run):
         self.params, self._run = params, run
         self.state, self.place, self.progress, self.error = "running", None, None, None
+        self.shown = None
         self._began, self._ended, self._outcome = time.monotonic(), threading.Event(), None
-        self._job = LocalJob(on_progress=self._see)
+        self._job = LocalJob(on_progress=self._see, on_show=self._show)
         threading.Thread(target=self._work, daemon=True).start()
 
     def _see(self, progress):
         self.progress = progress
 
+    def _show(self, partial):
+        self.shown = partial
+
     def _work(self):
         try:
             self._outcome = self._run(self.params, self._job)
-            self.state = "done"
+            self.state, self.shown = "done", None
         except WorkbenchError as error:
             self.error = str(error)
             self._outcome = error

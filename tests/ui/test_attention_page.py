@@ -1,4 +1,4 @@
-"""The attention lab in Streamlit's own test harness, on the real runtime and the real model."""
+"""The attention lab in Streamlit's own test harness, on the real runtime and real models."""
 
 import json
 import time
@@ -9,9 +9,11 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import ui.run
+from engine.catalogue import SMOLLM2_Q4
 from engine.experiments._attention import MAX_TOKENS, REPEATING_TEXT
 from engine.runtime import Runtime
 from ui.attention.explore import VIEWS
+from ui.labs import ATTENTION
 
 APP = Path(__file__).parents[2] / "app.py"
 SECONDS = 90
@@ -31,10 +33,12 @@ def lab(real_runtime, monkeypatch):
     started.set_result(real_runtime)
     monkeypatch.setattr(ui.run, "starting", lambda: started)
 
-    def open_with(**query):
+    def open_with(state=None, **query):
         app = AppTest.from_file(str(APP), default_timeout=SECONDS)
         app.run()
         app.switch_page("app_pages/attention.py")
+        for name, value in (state or {}).items():
+            app.session_state[name] = value
         app.query_params.update({f"attention_{name}": str(value) for name, value in query.items()})
         return finished(app)
 
@@ -66,10 +70,11 @@ def spec(app, key):
 
 def test_at_first_sight_all_heads_and_the_next_token(lab):
     app = lab()
-    assert "Of 270 heads" in words(app)
-    assert "18.6" in words(app)
-    assert "“␣Mary” next" in words(app)
-    assert len(spec(app, "attention_all")["data"][0]["text"]) == 9
+    assert "Of 48 heads" in words(app)
+    assert "the strongest is 5.5: 96%" in words(app)
+    assert "“␣Sam” next" in words(app)
+    assert len(spec(app, "attention_all")["data"][0]["text"]) == 6
+    assert "Our own model" in words(app)
     assert "Fused kernels never hold these maps" in words(app)
 
 
@@ -84,10 +89,17 @@ def test_every_view_draws_the_chosen_head_and_follows_the_head_slider(lab, view)
 
 
 @pytest.mark.parametrize(
-    ("label", "first"), [("Induction heads", "18.6"), ("Previous-token heads", "16.0"), ("Sinks", "18.")]
+    ("model", "label", "first"),
+    [
+        ("storyteller", "Induction heads", "5.5"),
+        ("storyteller", "Previous-token heads", "4.7"),
+        (SMOLLM2_Q4, "Induction heads", "18.6"),
+        (SMOLLM2_Q4, "Previous-token heads", "16.0"),
+        (SMOLLM2_Q4, "Sinks", "18."),
+    ],
 )
-def test_one_choice_sorts_the_heads(lab, label, first):
-    app = lab(order=label)
+def test_one_choice_sorts_the_heads(lab, model, label, first):
+    app = lab(order=label, model=model)
     assert spec(app, "attention_all")["layout"]["annotations"][0]["text"].startswith(first)
 
 
@@ -96,7 +108,7 @@ def test_a_text_that_repeats_itself_is_one_click_away(lab):
     next(button for button in app.button if button.label == "Use a text that repeats itself").click()
     finished(app)
     assert app.text_area(key="attention_text").value == REPEATING_TEXT
-    assert "“␣owl” next" in words(app)
+    assert "“␣cat” next" in words(app)
 
 
 def test_temperature_changes_the_map_and_the_next_token(lab):
@@ -110,20 +122,20 @@ def test_temperature_changes_the_map_and_the_next_token(lab):
 
 def test_a_dropped_token_is_named_and_gone(lab):
     app = lab(view="One head")
-    app.selectbox(key="attention_drop").set_value(1)
+    app.selectbox(key="attention_drop").set_value(2)
     finished(app)
-    assert "␣Mary" not in spec(app, "attention_Onehead")["layout"]["yaxis"]["ticktext"]
-    assert "“␣Mary” (92.3%); now" in words(app)
+    assert "␣Sam" not in spec(app, "attention_Onehead")["layout"]["yaxis"]["ticktext"]
+    assert "“␣Sam” (97.9%); now" in words(app)
 
 
 def test_the_arithmetic_of_a_cell_has_its_numbers(lab):
-    app = lab(view="One head", query="13 · ␣to", key="12 · ␣drink")
-    assert "How much does “␣to” look at “␣drink”?" in words(app)
-    assert "86.4%" in words(app)
+    app = lab(view="One head", query="15 · ␣and", key="2 · ␣Sam")
+    assert "How much does “␣and” look at “␣Sam”?" in words(app)
+    assert "89.9%" in words(app)
 
 
 def test_a_forbidden_cell_says_why(lab):
-    assert "exactly $0$" in words(lab(view="Step by step", query="2 · ␣and", key="9 · ␣John"))
+    assert "exactly $0$" in words(lab(view="Step by step", query="2 · ␣Sam", key="9 · ␣saw"))
 
 
 def test_pinning_draws_both_runs(lab):
@@ -137,11 +149,46 @@ def test_pinning_draws_both_runs(lab):
 
 
 def test_the_same_address_shows_the_same_page(lab):
-    query = {"view": "Arcs", "layer": 18, "head": 6, "threshold": 40, "text": REPEATING_TEXT}
+    query = {"view": "Arcs", "model": SMOLLM2_Q4, "layer": 18, "head": 6, "threshold": 40, "text": REPEATING_TEXT}
     one, two = lab(**query), lab(**query)
     assert spec(one, "attention_Arcs") == spec(two, "attention_Arcs")
     assert one.slider(key="attention_layer").value == 18
     assert "at least 40 %" in words(one)
+
+
+def test_another_model_keeps_the_text_and_moves_layer_and_head_to_what_it_has(lab):
+    app = lab(model=SMOLLM2_Q4, layer=29, head=8)
+    assert "Of 270 heads" in words(app)
+    assert "4-bit source" in words(app)
+    app.selectbox(key="_attention_model_chosen").set_value("storyteller")
+    finished(app)
+    assert "Of 48 heads" in words(app)
+    assert (app.slider(key="attention_layer").value, app.slider(key="attention_head").value) == (5, 7)
+    assert not app.warning
+
+
+@pytest.mark.parametrize("held", [99, "13 · ␣to"])
+def test_a_token_that_another_text_or_model_had_is_chosen_no_longer(lab, held):
+    """A browser that still shows the old list sends the old label, and Streamlit hands it on as it is."""
+    app = lab(state={"attention_query": held, "attention_key": held}, view="One head")
+    assert "How much does “␣and” look at “␣Sam”?" in words(app)
+
+
+def test_an_encoder_is_a_choice_of_this_lab(lab):
+    app = lab()
+    app.selectbox(key="_attention_model_chosen").set_value("all-minilm-l6-v2")
+    finished(app)
+    assert "Of 72 heads" in words(app)
+    assert "An encoder predicts no next token" in words(app)
+
+
+@pytest.mark.parametrize("start", ATTENTION.starts, ids=lambda start: start.label)
+def test_every_start_of_the_home_page_opens_without_a_word_of_warning(lab, start):
+    app = lab(**start.settings)
+    assert not app.warning
+    assert not app.error
+    view = start.settings.get("view", VIEWS[0])
+    assert spec(app, "attention_all" if view == VIEWS[0] else f"attention_{view.replace(' ', '')}")["data"]
 
 
 class TestBadInput:
@@ -154,7 +201,7 @@ class TestBadInput:
         app.text_area(key="attention_text").set_value("Good again")
         finished(app)
         assert said not in words(app)
-        assert "Of 270 heads" in words(app)
+        assert "Of 48 heads" in words(app)
 
     def test_emoji_alone_are_shown_as_their_pieces(self, lab):
         app = lab(text="😀😀", view="One token")
@@ -162,27 +209,28 @@ class TestBadInput:
 
     def test_a_long_text_is_counted_and_can_be_cut(self, lab):
         app = lab(text="word " * 300)
-        assert f"301 tokens; the lab shows up to {MAX_TOKENS}" in words(app)
+        assert f"tokens; the lab shows up to {MAX_TOKENS}" in words(app)
         app.toggle(key="attention_cut").set_value(True)
         finished(app)
-        assert "Of 270 heads" in words(app)
+        assert "Of 48 heads" in words(app)
 
     def test_an_unknown_model_is_one_sentence_and_the_way_back_works(self, lab):
         app = lab(model="nobody/no-such-model")
         assert "nobody/no-such-model" in words(app)
-        app.text_input(key="attention_model").set_value("smollm2-135m")
+        assert app.text_input(key="_attention_model_typed").value == "nobody/no-such-model"
+        app.selectbox(key="_attention_model_chosen").set_value("storyteller")
         finished(app)
-        assert "Of 270 heads" in words(app)
+        assert "Of 48 heads" in words(app)
 
     def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
         app = lab(layer="banana", temperature="-7", view="nothing", head="999999")
         assert "banana" in words(app)
-        assert app.slider(key="attention_layer").value == 16
-        assert "Of 270 heads" in words(app)
+        assert app.slider(key="attention_layer").value == 5
+        assert "Of 48 heads" in words(app)
 
     def test_a_window_longer_than_the_text_does_nothing_and_says_so(self, lab):
         app = lab(view="One head", mask="sliding window", window=100)
-        assert "A window of 100 on 14 tokens allows exactly what the model's own mask allows" in words(app)
+        assert "A window of 100 on 16 tokens allows exactly what the model's own mask allows" in words(app)
 
 
 def test_the_untrained_layer_has_no_roles_and_predicts_nothing(lab):
@@ -193,9 +241,9 @@ def test_the_untrained_layer_has_no_roles_and_predicts_nothing(lab):
 
 def test_predict_compares_the_guess_with_the_model(lab):
     app = lab(tab="Predict")
-    app.text_input(key="attention_guess").set_value("Mary")
+    app.text_input(key="attention_guess").set_value("Sam")
     finished(app)
-    assert "Yes: “␣Mary” is first" in words(app)
+    assert "Yes: “␣Sam” is first" in words(app)
     app.text_input(key="attention_guess").set_value("elephant")
     finished(app)
     assert "not among the ten" in words(app)

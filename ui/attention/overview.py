@@ -145,9 +145,9 @@ def all_heads(given: Settings) -> None:
 
 
 def _height(grid: list[list[charts.Cell]]) -> int:
-    """Pixels in which the maps of `grid` are about square on a desktop."""
+    """Pixels in which the maps of `grid` are about square on a desktop, and their sentence is still on the screen."""
     rows, columns = len(grid), len(grid[0])
-    return min(680, max(170, 52 + round(790 / columns * rows)))
+    return min(540, max(170, 52 + round(790 / columns * rows)))
 
 
 def _say_what_repeats(tokens: list[str]) -> None:

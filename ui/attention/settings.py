@@ -10,7 +10,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from engine.experiments import attention, attention_head
 from engine.experiments._attention import MAX_TOKENS
-from ui import controls, run
+from ui import controls, models, run
 from ui.controls import Look
 from ui.labs import ATTENTION
 from ui.prose import plain
@@ -38,19 +38,21 @@ def settings() -> Settings | None:
     values = controls.controls(attention.Params, prefix=PREFIX, fields=["text"])
     if len(values["text"].encode()) > MAX_TOKENS:  # a token has at least one byte: shorter texts never need it
         values |= controls.controls(attention.Params, prefix=PREFIX, fields=["cut"])
-    head_place = st.container()
-    with st.expander("Model and weights", icon=":material/deployed_code:"):
-        values |= controls.controls(attention.Params, prefix=PREFIX, fields=["model", "weights"])
-        source_place = st.container()
+    values |= models.pick(attention.Params, prefix=PREFIX, kinds=("decoder", "encoder"))
+    source_place, head_place = st.container(), st.container()
+    more = st.expander("Weights, mask, drop a token", icon=":material/tune:")
+    with more:
+        values |= controls.controls(attention.Params, prefix=PREFIX, fields=["weights"])
     text = controls.validated(attention.Params, values)
     key = f"{PREFIX}_overview"
-    overview = run.run("attention", text, key=key) if text else None
+    with source_place:
+        overview = run.run("attention", text, key=key) if text else None
     known = overview or run.latest(key)
-    with head_place:  # not before the model and the text are known: a link's layer 40 must not be taken for a moment
-        knobs = _head_controls(known) if known else {}
+    # Not before the model and the text are known: a link's layer 40 must not be taken for a moment.
+    knobs = _head_controls(known, head_place, more) if known else {}
     if text is None:
         return None
-    if overview and text.weights == "trained":
+    if overview and overview.model == text.model and text.weights == "trained":
         source_place.caption(plain(overview.source))
     params = controls.validated(attention_head.Params, text.model_dump() | knobs)
     return Settings(params, overview, st.container()) if params else None
@@ -67,7 +69,7 @@ def waiting(given: Settings) -> bool:
     return True
 
 
-def _head_controls(overview: attention.Result) -> dict[str, Any]:
+def _head_controls(overview: attention.Result, place: DeltaGenerator, more: DeltaGenerator) -> dict[str, Any]:
     model = attention_head.Params
     layers, heads = overview.attention.shape[:2]
     tokens = overview.tokens
@@ -78,8 +80,9 @@ def _head_controls(overview: attention.Result) -> dict[str, Any]:
             options=range(-1, len(tokens)), name=lambda i: "none" if i < 0 else f"{i} · {tokens[i]}", widget="select"
         ),
     }
-    knobs = controls.controls(model, prefix=PREFIX, fields=["layer", "head", "temperature"], **looks)
-    with st.expander("Mask, drop a token", icon=":material/tune:"):
+    with place:
+        knobs = controls.controls(model, prefix=PREFIX, fields=["layer", "head", "temperature"], **looks)
+    with more:
         knobs |= controls.controls(model, prefix=PREFIX, fields=["mask"], mask=Look(widget="select"))
         if knobs["mask"] == "sliding window":
             knobs |= controls.controls(model, prefix=PREFIX, fields=["window"])
