@@ -97,6 +97,15 @@ def repeated_random_tokens(vocab_size: int, period: int, batch: int, seed: int) 
     return torch.cat([once, once], dim=1)
 
 
+def probe_periods(longest: int) -> tuple[int, int, int]:
+    """Periods to average `induction_score` over: a half, three quarters and all of `longest`.
+
+    On a single period a head that looks equally far back whatever it reads can pass for an induction head; over three
+    it scores a third at most.
+    """
+    return longest // 2, 3 * longest // 4, longest
+
+
 def head_roles(weights: Tensor, period: int) -> list[list[str]]:
     """A name for every head of a model, from what it does with most of its mass on the repeated probe.
 

@@ -8,6 +8,7 @@ stopped at its next use of `st.session_state` or of a page element, hence after 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 WAIT = 0.4  # seconds that `run` waits before it shows progress
 POLL = 0.4  # seconds between two looks at a job that is under way
+WATCH_POLL = 0.8  # the same if its partial results are drawn, of which there is one about every second
 WARM_UP = ("engine.pretrained", "engine.attention")  # imported by the workers before anybody asks for anything
 
 _PREVIOUS = "What you see is the previous result."
+_PARTIAL = "What you see is what it had until then."
 _RUNNING = ("queued", "running")
 _restart_lock = Lock()
 
@@ -40,6 +43,7 @@ class _Slot:
         experiment, params: what was asked for last; no `params` means that it is to be asked for again.
         ticket: its job; None once it has ended, or if it could not be submitted.
         result, result_params: the last good result and what it belongs to.
+        shown: what the last job had shown when it ended without a result.
         problem: why the last job gave no result.
         stopping: whether the learner has cancelled the job.
     """
@@ -49,6 +53,7 @@ class _Slot:
     ticket: Ticket | None = None
     result: Any = None
     result_params: ExperimentParams | None = None
+    shown: Any = None
     problem: str | None = None
     stopping: bool = False
 
@@ -56,6 +61,11 @@ class _Slot:
     def is_answered(self) -> bool:
         """True if the result is the one that was asked for."""
         return self.result_params is not None and self.result_params == self.params
+
+    @property
+    def partial(self) -> Any:
+        """The partial result of the last job; None if it has shown nothing, and once it has its result."""
+        return self.shown if self.ticket is None else self.ticket.shown
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,37 @@ def run(experiment: str, params: ExperimentParams, *, key: str, wait: float = WA
     return slot.result
 
 
+def watch(
+    experiment: str,
+    params: ExperimentParams,
+    draw: Callable[[Any, ExperimentParams], None],
+    *,
+    key: str,
+    height: int = 360,
+) -> None:
+    """Have `draw` draw the result of `experiment` as it grows, and in the same place when it is there.
+
+    The counterpart of `run` for a job that shows partial results. It is drawn about every second with the latest of
+    them, below a line of progress with a Cancel button; a job that ends without a result leaves the last one on the
+    page. Only what `draw` draws is redrawn on the way, the page itself once the job has ended.
+
+    Args:
+        experiment: its name in `engine.experiments`.
+        params: its parameters.
+        draw: draws a result, partial or not, given the parameters that it belongs to; called in a fragment.
+        key: what the result is for on this page; one job at a time.
+        height: of what stands there until something is shown, in pixels.
+    """
+    runtime = workbench()
+    if runtime is None:
+        return
+    running = is_running(key)
+    slot = _settled(_asked(runtime, experiment, params, key), key, 0)
+    if running and slot.ticket is None:  # what has been drawn above is of a job that runs
+        st.rerun()
+    st.fragment(_watch, run_every=None if slot.ticket is None else WATCH_POLL)(key, draw, height)
+
+
 def latest(key: str) -> Any | None:
     """The last good result of `key`, without asking for a new one: for what must stay while a setting is wrong."""
     slot = _slot(key)
@@ -163,22 +204,20 @@ def latest(key: str) -> Any | None:
 
 
 def params_of(key: str) -> ExperimentParams | None:
-    """The parameters of the result that `run` returned for `key`: while a new one is under way, the previous ones."""
+    """The parameters of the last good result of `key`: while a new one is under way, the previous ones."""
     slot = _slot(key)
     return slot.result_params if slot else None
 
 
 def is_running(key: str) -> bool:
-    """Whether the job of `key` is queued or running: if not, and there is no result, `run` has said why."""
+    """Whether the job of `key` is queued or running, or will be by the end of this drawing of the page."""
     slot = _slot(key)
-    return slot is not None and slot.ticket is not None
+    return slot is not None and (slot.ticket is not None or slot.params is None)
 
 
 def ask_again(key: str) -> None:
     """Let the next `run` of `key` compute anew, whatever is known; the last good result stays until then."""
-    slot = _slot(key)
-    if slot is not None:
-        _keep(key, replace(slot, params=None))
+    _keep(key, replace(_slot(key) or _Slot("", None), params=None))
 
 
 def _slot(key: str) -> _Slot | None:
@@ -199,7 +238,7 @@ def _asked(runtime: Runtime, experiment: str, params: ExperimentParams, key: str
         return slot
     if slot.ticket is not None:
         slot.ticket.cancel(force=False)
-    asked = replace(slot, params=params, ticket=None, problem=None, stopping=False)
+    asked = replace(slot, params=params, ticket=None, shown=None, problem=None, stopping=False)
     if slot.params is not None and asked.is_answered:
         return _keep(key, asked)
     try:
@@ -217,23 +256,56 @@ def _settled(slot: _Slot, key: str, seconds: float) -> _Slot:
         return _slot(key) or slot
     try:
         result = slot.ticket.result()
-    except JobCancelledError:
-        return _keep(key, replace(slot, ticket=None, problem="Cancelled."))
     except WorkbenchError as error:
-        return _keep(key, replace(slot, ticket=None, problem=str(error)))
+        problem = "Cancelled." if isinstance(error, JobCancelledError) else str(error)
+        return _keep(key, replace(slot, ticket=None, shown=slot.ticket.shown, problem=problem))
     return _keep(key, replace(slot, ticket=None, result=result, result_params=slot.params))
 
 
 @st.fragment(run_every=POLL)
 def _progress(key: str) -> None:
     """Progress of the job of `key`, redrawn by itself; once the job has ended the page is drawn again."""
+    slot = _running(key)
+    _show_progress(slot, key, _status(slot.ticket), _seen(slot))
+
+
+def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int) -> None:
+    """How the job of `key` is doing, above what it has shown or its result."""
     slot = _slot(key)
-    ticket = slot.ticket if slot else None
-    if ticket is None or ticket.state not in _RUNNING:
+    partial = slot.partial
+    if slot.ticket is not None:
+        slot = _running(key)
+        status = _status(slot.ticket, brief=partial is not None)
+        _show_progress(slot, key, status, "" if partial is not None else _seen(slot))
+    elif slot.problem is not None:
+        _show_problem(slot, key)
+    if partial is not None:
+        draw(partial, slot.params)
+    elif slot.result is not None:
+        draw(slot.result, slot.result_params)
+    elif slot.ticket is not None:
+        st.skeleton(height=height)
+
+
+def _running(key: str) -> _Slot:
+    """The slot of `key`, whose job is under way: if it is not any more, the page is drawn again."""
+    slot = _slot(key)
+    if slot is None or slot.ticket is None or slot.ticket.state not in _RUNNING:
         st.rerun()
+    return slot
+
+
+def _seen(slot: _Slot) -> str:
+    """What is on the page beside a job without a result, in words."""
+    if slot.partial is not None:
+        return _PARTIAL
+    return "" if slot.result is None else _PREVIOUS
+
+
+def _show_progress(slot: _Slot, key: str, status: tuple[float, str], seen: str) -> None:
     bar, cancel = st.columns([5, 1], vertical_alignment="center")
-    share, words = (0.0, "Stopping…") if slot.stopping else _status(ticket)
-    bar.progress(share, text=words if slot.result is None else f"{words} · {_PREVIOUS}")
+    share, words = (status[0], "Stopping…") if slot.stopping else status
+    bar.progress(share, text=f"{words} · {seen}" if seen else words)
     cancel.button(
         "Cancel",
         key=f"_cancel_{key}",
@@ -252,8 +324,8 @@ def _cancel(key: str) -> None:
         _keep(key, replace(slot, stopping=True))
 
 
-def _status(ticket: Ticket) -> tuple[float, str]:
-    """How far the job is, from 0 to 1, and in words."""
+def _status(ticket: Ticket, brief: bool = False) -> tuple[float, str]:
+    """How far the job is, from 0 to 1, and in words, with its numbers unless these are to be `brief`."""
     if ticket.state == "queued":
         ahead = ticket.place - 1 if ticket.place else 0
         return 0.0, "Next in line…" if ahead < 1 else f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…"
@@ -261,7 +333,8 @@ def _status(ticket: Ticket) -> tuple[float, str]:
     if progress is None:
         return 0.0, f"Running for {ticket.seconds:.0f} s…"
     parts = [f"Step {progress.step} of {progress.total}"]
-    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.numbers.items()]
+    if not brief:
+        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.numbers.items()]
     if progress.step:
         left = ticket.seconds * (progress.total - progress.step) / progress.step
         parts.append(f"about {left:.0f} s left")
@@ -270,8 +343,7 @@ def _status(ticket: Ticket) -> tuple[float, str]:
 
 def _show_problem(slot: _Slot, key: str) -> None:
     words, again = st.columns([5, 1], vertical_alignment="center")
-    problem = slot.problem if slot.result is None else f"{slot.problem} {_PREVIOUS}"
-    words.warning(plain(problem), icon=":material/info:")
+    words.warning(plain(f"{slot.problem} {_seen(slot)}".rstrip()), icon=":material/info:")
     again.button(
         "Try again", key=f"_again_{key}", icon=":material/refresh:", on_click=ask_again, args=(key,), width="stretch"
     )

@@ -14,6 +14,7 @@ modules are experiments as well. The web process and the workers must see the sa
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
 import math
@@ -114,8 +115,11 @@ def _split(model: type[ExperimentParams], field: str, value: Any) -> Any:
 def to_plain(value: Any) -> Any:
     """`value` as something that `json.dumps` takes, by the strict standard.
 
-    Dataclasses and models become dicts, arrays nested lists; NaN and infinity, which JSON does not have, become None.
+    Dataclasses and models become dicts, arrays nested lists, bytes Base64; NaN and infinity, which JSON does not have,
+    become None.
     """
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, np.ndarray | np.generic):

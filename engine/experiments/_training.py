@@ -15,6 +15,8 @@ import numpy as np
 SHIPPED = Path(__file__).parents[1] / "storyteller"
 """The small model: its tokenizer, its held-out stories and the log of its training."""
 
+_SEPARATOR = "<|endofstory|>"  # as in engine.pretraining.run, which needs torch
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -24,7 +26,9 @@ class Recorded:
         step, loss: (S,), as in `engine.experiments.training.Result`.
         checked, held_out_loss, induction, previous_token: (M,), likewise.
         tokens_per_step: B·T.
+        characters_per_token: of the held-out stories, which makes its losses comparable with those on other tokens.
         device: where it ran.
+        date: when, as 2026-01-31; empty if that was not written down.
     """
 
     step: np.ndarray
@@ -34,14 +38,22 @@ class Recorded:
     induction: np.ndarray
     previous_token: np.ndarray
     tokens_per_step: int
+    characters_per_token: float
     device: str
+    date: str
+
+    @property
+    def provenance(self) -> str:
+        """Where and when, in a few words."""
+        return f"{self.device.removeprefix('NVIDIA ')}, recorded {self.date}".rstrip()
 
 
 @lru_cache(maxsize=1)
 def recorded_run() -> Recorded | None:
-    """The run that made the shipped model; None where its log is missing."""
+    """The run that made the shipped model; None where its files are missing."""
     try:
         log = json.loads((SHIPPED / "log.json").read_text(encoding="utf-8"))
+        stories = (SHIPPED / "heldout.txt").read_text(encoding="utf-8").split(_SEPARATOR)
     except FileNotFoundError:
         return None
     recipe, checkups = log["recipe"], log["checkups"]
@@ -54,5 +66,7 @@ def recorded_run() -> Recorded | None:
         induction=np.array([checkup["induction"]["score"] for checkup in checkups]),
         previous_token=np.array([checkup["previous_token"]["score"] for checkup in checkups]),
         tokens_per_step=options["batch_size"] * options["accumulate"] * recipe["block_size"],
+        characters_per_token=sum(len(story.strip()) for story in stories) / log["tokens"]["held out"],
         device=log["device"],
+        date=log.get("date", ""),
     )

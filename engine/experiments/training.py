@@ -5,7 +5,10 @@ Legend: S steps, M checkups, B batch, T tokens of a sample.
 
 from __future__ import annotations
 
+import io
+import tempfile
 import time
+import zipfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,32 +16,32 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from engine.architecture import ModelConfig
-from engine.errors import InputError
-from engine.experiments import ExperimentParams
-from engine.experiments._training import SHIPPED
+from engine.experiments import ExperimentParams, _training_text
+from engine.experiments._training_cost import Cost, count_flops, weigh
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from engine.data import TokenBlocks
     from engine.model import Decoder
-    from engine.pretraining.mixture import RepetitionMixture
     from engine.pretraining.recipe import Recipe
     from engine.pretraining.record import Checkup
     from engine.runtime.jobs import Job
     from engine.trainer import StepReport
 
-VOCAB_SIZE = 4096
-BLOCK_SIZE = 128
-HELD_OUT_SHARE = 0.1
+VOCAB_SIZE = 320
+"""The bytes, an end token and the 63 commonest pairs: a small head leaves time for many steps."""
+
+BLOCK_SIZE = 64
+ARCHIVE_FOLDER = "trained-model"
 SAMPLE_STEPS = (50, 200, 500, 1000)
 _CHECKUPS = 25
 _SAMPLE_TOKENS = 40
-_PROBE_PERIOD = 50
-_MIN_PERIOD = 8
+_PROBE_PERIOD = BLOCK_SIZE // 2
+_MIN_PERIOD = 12
+"""With shorter ones, looking a fixed way back is right too often for an induction head to be worth having."""
 
-Ending = Literal["finished", "cancelled", "diverged"]
+Ending = Literal["running", "finished", "cancelled", "diverged"]
 
 
 class Params(ExperimentParams):
@@ -51,21 +54,21 @@ class Params(ExperimentParams):
 
     num_layers: int = Field(2, ge=1, le=8, title="Depth", description="Layers of the model.")
     d_model: int = Field(
-        128,
+        64,
         ge=32,
         le=256,
         title="Width",
         description="Numbers that stand for a token between the layers.",
         json_schema_extra={"step": 32},
     )
-    num_heads: int = Field(4, ge=1, le=16, title="Heads", description="Attention heads of a layer; divides the width.")
+    num_heads: int = Field(2, ge=1, le=16, title="Heads", description="Attention heads of a layer; divides the width.")
     learning_rate: float = Field(
-        4e-3, gt=0, le=10, title="Learning rate", description="The highest one: it rises to it, then falls."
+        8e-3, gt=0, le=10, title="Learning rate", description="The highest one: it rises to it, then falls."
     )
-    batch_size: int = Field(8, ge=1, le=64, title="Batch", description=f"Samples of {BLOCK_SIZE} tokens a step.")
-    steps: int = Field(300, ge=1, le=5000, title="Steps", description="Updates of the weights.")
+    batch_size: int = Field(64, ge=1, le=256, title="Batch", description=f"Samples of {BLOCK_SIZE} tokens a step.")
+    steps: int = Field(500, ge=1, le=5000, title="Steps", description="Updates of the weights.")
     random_share: float = Field(
-        0.2,
+        0.6,
         ge=0,
         le=1,
         title="Random tokens, said twice",
@@ -117,21 +120,6 @@ class Params(ExperimentParams):
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What training takes.
-
-    Args:
-        parameters: of the model.
-        flops: of all steps together.
-        memory_bytes: at the peak.
-    """
-
-    parameters: int
-    flops: float
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
 class Sample:
     """What the model made of `engine.pretraining.run.PROMPT` after `step` steps."""
 
@@ -141,7 +129,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """A run of training, up to where it ended.
+    """A run of training, up to where it ended or, while it is running, up to where it is.
 
     Args:
         step, loss, learning_rate, grad_norm, tokens_per_second: (S,), of each step that was taken; the loss in nats a
@@ -149,16 +137,21 @@ class Result:
         checked: (M,) steps after which the model was examined, 0 among them.
         held_out_loss: (M,), in nats a token of text that is never trained on.
         induction, previous_token: (M,), the best head's score on random tokens said twice, from 0 to 1.
+        copied: (M,), share of the tokens of the second round that the model thought the likeliest.
         samples: what it says, over training.
-        ended: why it ended.
+        steps: of the whole run, whether they were taken or not.
+        ended: why it ended, or that it has not.
         ending: the same as a sentence.
         predicted, measured: what the steps that were taken cost; `measured` counts with PyTorch's FLOP counter and
             weighs with `engine.measure.peak_memory`.
         seconds: of training, checkups included.
         tokens_per_step: B·T.
         training_tokens, held_out_tokens: of the text.
+        characters_per_token: of the held-out text.
         device: where it ran.
         versions: of what took part.
+        archive: the trained model as a zip of the folder that `engine.llama.write` makes, in bfloat16; empty while it
+            is running.
     """
 
     step: np.ndarray
@@ -170,7 +163,9 @@ class Result:
     held_out_loss: np.ndarray
     induction: np.ndarray
     previous_token: np.ndarray
+    copied: np.ndarray
     samples: list[Sample]
+    steps: int
     ended: Ending
     ending: str
     predicted: Cost
@@ -179,12 +174,16 @@ class Result:
     tokens_per_step: int
     training_tokens: int
     held_out_tokens: int
+    characters_per_token: float
     device: str
     versions: dict[str, str]
+    archive: bytes = b""
 
 
 def run(params: Params, job: Job) -> Result:
     """Train until the last step, a cancellation or a divergence; whatever was learned by then is returned.
+
+    What has been learned so far is shown on the way.
 
     Raises:
         InputError: the text is too short to learn from one part of it and to be tested on another.
@@ -197,33 +196,66 @@ def run(params: Params, job: Job) -> Result:
     from engine.pretraining.mixture import RepetitionMixture
     from engine.trainer import DivergedError, Trainer
 
-    tokenizer = load_tokenizer()
-    learned, tested = split(read_text(params.text, tokenizer))
+    corpus = _training_text.read(params.text, VOCAB_SIZE, BLOCK_SIZE)
     dataset = RepetitionMixture(
-        learned.to(job.device),
+        corpus.learned.to(job.device),
         VOCAB_SIZE,
         BLOCK_SIZE,
         random_share=params.random_share,
         passage_share=0.0,
         min_period=_MIN_PERIOD,
     )
-    held_out = TokenBlocks(tested.unfold(0, BLOCK_SIZE + 1, BLOCK_SIZE).to(job.device))
+    held_out = TokenBlocks(corpus.tested.unfold(0, BLOCK_SIZE + 1, BLOCK_SIZE).to(job.device))
     recipe = _recipe(params, samples=len(dataset))
-    memory_bytes = _weigh(recipe, dataset, held_out, job.device)
+    memory_bytes, flops = weigh(recipe, dataset, held_out, job.device), count_flops(recipe.model, BLOCK_SIZE)
+    where, software = device_name(job.device), versions()
     torch.manual_seed(params.seed)
     model = Decoder(recipe.model).to(job.device)
-    diary = _Diary(model, tokenizer, held_out, recipe, job)
+    diary = _Diary(model, corpus.tokenizer, held_out, recipe, job)
+
+    def result(ended: Ending, ending: str, archive: bytes = b"") -> Result:
+        sequences = trainer.step * recipe.options.batch_size
+        return Result(
+            **diary.curves(),
+            samples=list(diary.samples),
+            steps=params.steps,
+            ended=ended,
+            ending=ending,
+            predicted=Cost(
+                recipe.model.num_parameters,
+                3 * sequences * recipe.model.forward_flops(BLOCK_SIZE),
+                params.model_copy(update={"batch_size": recipe.options.batch_size}).memory_bytes(),
+            ),
+            measured=Cost(sum(parameter.numel() for parameter in model.parameters()), sequences * flops, memory_bytes),
+            seconds=time.monotonic() - began,
+            tokens_per_step=recipe.options.batch_size * BLOCK_SIZE,
+            training_tokens=len(corpus.learned),
+            held_out_tokens=len(held_out) * BLOCK_SIZE,
+            characters_per_token=corpus.characters_per_token,
+            device=where,
+            versions=software,
+            archive=archive,
+        )
+
+    def show() -> None:
+        job.show(lambda: result("running", f"{trainer.step} of {params.steps} steps so far."))
+
+    def follow(report: StepReport) -> None:
+        diary.follow(report)
+        show()
+
     trainer = Trainer(
         model,
         dataset,
         recipe.options,
         held_out=held_out,
-        on_step=diary.follow,
+        on_step=follow,
         cancelled=lambda: job.cancelled,
     )
     began = time.monotonic()
     diary.examine(0)
     diary.listen(0)
+    show()
     ended, ending = "finished", f"All {params.steps} steps were taken."
     try:
         trainer.train_steps(params.steps)
@@ -234,62 +266,7 @@ def run(params: Params, job: Job) -> Result:
         ended, ending = "diverged", f"{error} What was learned until then is shown."
     diary.examine(trainer.step)
     diary.listen(trainer.step)
-    seconds = time.monotonic() - began
-    taken = trainer.step
-    sequences = taken * recipe.options.batch_size
-    return Result(
-        **diary.curves(),
-        samples=diary.samples,
-        ended=ended,
-        ending=ending,
-        predicted=Cost(
-            recipe.model.num_parameters,
-            3 * sequences * recipe.model.forward_flops(BLOCK_SIZE),
-            params.model_copy(update={"batch_size": recipe.options.batch_size}).memory_bytes(),
-        ),
-        measured=Cost(
-            sum(parameter.numel() for parameter in model.parameters()),
-            sequences * _count_flops(recipe.model),
-            memory_bytes,
-        ),
-        seconds=seconds,
-        tokens_per_step=recipe.options.batch_size * BLOCK_SIZE,
-        training_tokens=len(learned),
-        held_out_tokens=len(held_out) * BLOCK_SIZE,
-        device=device_name(job.device),
-        versions=versions(),
-    )
-
-
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The small model's tokenizer."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(SHIPPED)
-
-
-def read_text(text: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """`text`, or the shipped stories if it is empty, as one row of tokens (tokens,)."""
-    from engine.data import stream
-    from engine.pretraining.run import read_stories
-
-    return stream([text] if text.strip() else read_stories(SHIPPED / "heldout.txt"), tokenizer)
-
-
-def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The part to learn from, and the last tenth, at least one block, to be tested on.
-
-    Raises:
-        InputError: there are not enough tokens for a block of each.
-    """
-    needed = 2 * (BLOCK_SIZE + 1)
-    if len(tokens) < needed:
-        raise InputError(
-            f"The text has {len(tokens)} tokens, training needs {needed}, one block to learn from and one to be tested "
-            "on: paste more text, or leave it empty for the stories."
-        )
-    held_out = max(BLOCK_SIZE + 1, round(HELD_OUT_SHARE * len(tokens)))
-    return tokens[:-held_out], tokens[-held_out:]
+    return result(ended, ending, _pack(model, corpus.tokenizer))
 
 
 def _recipe(params: Params, samples: int) -> Recipe:
@@ -301,6 +278,7 @@ def _recipe(params: Params, samples: int) -> Recipe:
         options=TrainerOptions(
             learning_rate=params.learning_rate,
             batch_size=min(params.batch_size, samples),  # a short text has fewer
+            beta2=0.99,
             seed=params.seed,
         ),
         steps=params.steps,
@@ -378,36 +356,18 @@ class _Diary:
             "held_out_loss": np.array([checkup.held_out_loss for checkup in self.checkups]),
             "induction": np.array([checkup.induction.score for checkup in self.checkups]),
             "previous_token": np.array([checkup.previous_token.score for checkup in self.checkups]),
+            "copied": np.array([checkup.copied for checkup in self.checkups]),
         }
 
 
-def _weigh(recipe: Recipe, dataset: RepetitionMixture, held_out: TokenBlocks, device: str) -> int:
-    """Bytes that a model, its gradients, AdamW's means and two steps allocate at their peak."""
-    from engine.measure import peak_memory
-    from engine.model import Decoder
-    from engine.trainer import Trainer
-
-    calm = recipe.options.model_copy(update={"learning_rate": 1e-6})  # it is not to diverge
-
-    def rehearse() -> None:
-        Trainer(Decoder(recipe.model).to(device), dataset, calm, held_out=held_out).train_steps(2)
-
-    return peak_memory(rehearse, device)
-
-
-def _count_flops(config: ModelConfig) -> int:
-    """FLOPs of a forward and a backward pass over one sample, as PyTorch counts its own operators.
-
-    The counter does not know every fused attention, so that the weights are spelled out; forbidden pairs count too.
-    """
+def _pack(model: Decoder, tokenizer: PreTrainedTokenizerFast) -> bytes:
+    """A zip of one folder with the model, which our own code and transformers open."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from engine.model import Decoder, Parts, visible_attention
-    from engine.trainer import summed_loss
+    from engine import llama
 
-    ids = torch.zeros(1, BLOCK_SIZE, dtype=torch.long)
-    twin = Decoder(config, Parts(attention=visible_attention))
-    with FlopCounterMode(display=False) as counter:
-        summed_loss(twin, ids, ids).backward()
-    return counter.get_total_flops()
+    packed = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(llama.write(model, tokenizer, folder, torch.bfloat16).iterdir()):
+            archive.write(file, f"{ARCHIVE_FOLDER}/{file.name}")
+    return packed.getvalue()

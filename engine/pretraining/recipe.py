@@ -49,7 +49,7 @@ class Recipe(Settings):
     min_period: int = Field(8, ge=2, description="Shortest repeated piece in tokens; the longest is T / 2.")
     held_out_share: float = Field(0.012, gt=0, lt=1, description="Share of the stories that is never trained on.")
     evaluate_every: int = Field(100, ge=1, description="Steps between two looks at the held-out loss and the heads.")
-    probe_period: int = Field(50, ge=2, description="Tokens of the random sequence that the heads are scored on.")
+    probe_period: int = Field(50, ge=4, description="Longest random sequence that the heads are scored on, in tokens.")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -24,17 +25,25 @@ class HeadScore:
 
 @dataclass(frozen=True)
 class Checkup:
-    """How the model was doing at a step: held-out loss in nats a token, and the best head of either kind."""
+    """How the model was doing at a step.
+
+    Args:
+        step: steps done.
+        held_out_loss: in nats a token.
+        induction, previous_token: the best head of either kind, on random tokens that are said twice.
+        copied: share of the tokens of the second round that the model thought the likeliest.
+    """
 
     step: int
     held_out_loss: float
     induction: HeadScore
     previous_token: HeadScore
+    copied: float
 
     def __str__(self) -> str:
         return (
             f"held out {self.held_out_loss:.3f}  induction {self.induction.score:.2f}  "
-            f"previous token {self.previous_token.score:.2f}"
+            f"previous token {self.previous_token.score:.2f}  copied {self.copied:.2f}"
         )
 
 
@@ -49,6 +58,7 @@ class Log:
         tokens: likewise.
         device: where it ran.
         versions: of what took part.
+        date: when it began, as 2026-01-31.
         steps: one entry a step: [loss in nats a token, learning rate, gradient norm].
         checkups: over training.
         kept: the step whose weights were written.
@@ -64,6 +74,7 @@ class Log:
     tokens: dict[str, int]
     device: str
     versions: dict[str, str]
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     steps: list[list[float]] = field(default_factory=list)
     checkups: list[Checkup] = field(default_factory=list)
     kept: int = 0
@@ -147,8 +158,10 @@ def _facts(log: Log) -> dict[str, str]:
             f"{final.held_out_loss:.3f} nats a token on {log.tokens['held out']:,} tokens of held-out stories, with "
             "the weights as they are in the file, in float32"
         ),
-        "induction score": f"{final.induction}, on {recipe.probe_period} random tokens, said twice",
+        "induction score": f"{final.induction}, on up to {recipe.probe_period} random tokens, said twice",
         "previous-token score": f"{final.previous_token}, on the same",
-        "device and time": f"{log.device}, {log.seconds / 60:.1f} minutes, {log.tokens_per_second:,.0f} tokens/s",
+        "device and time": (
+            f"{log.device}, {log.date}, {log.seconds / 60:.1f} minutes, {log.tokens_per_second:,.0f} tokens/s"
+        ),
         "software": software,
     }

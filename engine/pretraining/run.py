@@ -17,9 +17,9 @@ from engine import llama
 from engine.data import TokenBlocks, pack, stream, train_tokenizer
 from engine.errors import InputError
 from engine.generation import Sampling, generate
-from engine.head_statistics import induction_score, previous_token_score, repeated_random_tokens
+from engine.head_statistics import induction_score, previous_token_score, probe_periods, repeated_random_tokens
 from engine.measure import device_name, versions
-from engine.model import Decoder
+from engine.model import Decoder, evaluating
 from engine.pretraining.mixture import RepetitionMixture
 from engine.pretraining.recipe import Recipe
 from engine.pretraining.record import Checkup, HeadScore, Log
@@ -123,15 +123,22 @@ def split_stories(stories: list[str], share: float, seed: int) -> tuple[list[str
 
 
 def examine(model: Decoder, held_out: TokenBlocks, recipe: Recipe, step: int) -> Checkup:
-    """Held-out loss, in float32, and head scores of `model` as it is after `step`."""
-    period = recipe.probe_period
-    probe = repeated_random_tokens(recipe.model.vocab_size, period, _PROBES, seed=1)
-    maps = model.attention_maps(probe).mean(1)  # (L, H, 2P, 2P)
+    """Held-out loss, in float32, and what `model` does on random tokens, said twice, as it is after `step`."""
+    induction, previous_token, copied = [], [], []
+    for period in probe_periods(recipe.probe_period):
+        probe = repeated_random_tokens(recipe.model.vocab_size, period, _PROBES, seed=1)  # (8, 2P)
+        maps = model.attention_maps(probe).mean(1)  # (L, H, 2P, 2P)
+        induction.append(induction_score(maps, period))
+        previous_token.append(previous_token_score(maps))
+        with evaluating(model):
+            said = model(probe)[:, period:-1].argmax(-1).cpu()  # (8, P − 1)
+        copied.append((said == probe[:, period + 1 :]).float().mean())
     return Checkup(
         step=step,
         held_out_loss=evaluate(model, held_out, recipe.options.batch_size),
-        induction=_best(induction_score(maps, period)),
-        previous_token=_best(previous_token_score(maps)),
+        induction=_best(torch.stack(induction).mean(0)),
+        previous_token=_best(torch.stack(previous_token).mean(0)),
+        copied=torch.stack(copied).mean().item(),
     )
 
 

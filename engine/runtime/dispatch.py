@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from distributed.client import FutureCancelledError
 from engine.errors import JobCancelledError, JobFailedError
 from engine.runtime import tasks
 from engine.runtime.jobs import Progress
+from engine.runtime.results import freeze
 from engine.runtime.tasks import Outcome
 from engine.runtime.tickets import Work
 
@@ -37,6 +39,7 @@ class _Run:
         self.work = work
         self.worker: str | None = None  # its address, once the job has begun
         self.timer: asyncio.TimerHandle | None = None
+        self.fetching = False  # a partial result is on its way
         self.out_of_memory = asyncio.Event()  # its worker took too much, and was ended by its nanny
 
 
@@ -151,21 +154,48 @@ class Dispatcher:
             with suppress(Exception):  # it may be gone already, which is what we want
                 await self._client.run(tasks.kill, workers=[worker], nanny=True)
 
-    def _request(self, function: Callable[..., None], *arguments: Any, worker: str) -> None:
-        """Have `worker` call `function` in its event loop, without waiting: the loop may be held up by the very job."""
+    def _request(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        worker: str,
+        then: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Have `worker` call `function` in its event loop, without waiting: the loop may be held up by the very job.
+
+        `then` gets the answer, or None if there is none.
+        """
 
         async def request() -> None:
+            answers: dict[str, Any] = {}
             with suppress(Exception):
-                await self._client.run(function, *arguments, workers=[worker])
+                answers = await self._client.run(function, *arguments, workers=[worker])
+            if then is not None:
+                then(answers.get(worker))
 
         task = asyncio.create_task(request())
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
 
+    def _fetch(self, run: _Run) -> None:
+        """Get the latest partial result of `run`, unless one is on its way already: the next message asks again."""
+
+        def keep(pickled: bytes | None) -> None:
+            run.fetching = False
+            if pickled is not None and run.id in self._runs:
+                run.work.shown = freeze(pickle.loads(pickled))
+
+        if not run.fetching:
+            run.fetching = True
+            self._request(tasks.shown, run.id, worker=run.worker, then=keep)
+
     def _on_message(self, event: tuple[float, dict[str, Any]]) -> None:
         _, message = event
         run = self._runs.get(message["run"])
-        if "begun" not in message:
+        if "shown" in message:
+            if run is not None:
+                self._fetch(run)
+        elif "begun" not in message:
             if run is not None:
                 run.work.progress = Progress(message["step"], message["total"], message["numbers"])
         elif run is None:  # given up while it was on its way

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Job(Protocol):
     def report(self, step: int, total: int, **numbers: float) -> None:
         """Tell whoever waits that `step` of `total` steps are done, with numbers to show."""
 
+    def show(self, draft: Callable[[], Any]) -> None:
+        """Let whoever waits see the result so far.
+
+        Call it as often as there is something new: `draft` is called at once or not at all, about once a second, and
+        less often if it takes long.
+
+        Args:
+            draft: makes a partial result, of the type that the experiment returns; best without what only the end
+                needs, such as weights.
+        """
+
 
 class LocalJob:
     """A job in this very process: the command line and the tests use it.
@@ -43,14 +54,26 @@ class LocalJob:
     Args:
         device: the torch device to compute on.
         on_progress: called with every `Progress`.
+        on_show: called with every partial result; without it none is made.
     """
 
-    def __init__(self, device: str = "cpu", on_progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        on_progress: Callable[[Progress], None] | None = None,
+        on_show: Callable[[Any], None] | None = None,
+    ) -> None:
         self.device = device
         self.cancelled = False
         self._on_progress = on_progress
+        self._on_show = on_show
 
     def report(self, step: int, total: int, **numbers: float) -> None:
         """Hand the progress to `on_progress`."""
         if self._on_progress is not None:
             self._on_progress(Progress(step, total, numbers))
+
+    def show(self, draft: Callable[[], Any]) -> None:
+        """Hand the partial result to `on_show`."""
+        if self._on_show is not None:
+            self._on_show(draft())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ from engine.runtime.jobs import Progress
 from engine.runtime.results import weigh
 
 REPORT_INTERVAL = 0.05  # seconds between two reports to the web process, at least
+SHOW_INTERVAL = 1.0  # seconds between two partial results, at least
+SHOW_SHARE = 0.02  # of a job's time, that making partial results may take
 OUT_OF_MEMORY = "The job ran out of memory: choose smaller settings."
 
 Send = Callable[[dict[str, Any]], None]
@@ -53,6 +56,13 @@ class WorkerJob:
     Reports go out at most every `REPORT_INTERVAL`. One that comes too early waits, and a newer one takes its place, so
     that a fast loop cannot flood the page and the last report always arrives.
 
+    A partial result is kept here until the web process fetches it: a message only says that there is a new one, for
+    Dask's scheduler remembers the last thousand messages. One that comes too early is not even made, as the next step
+    brings another.
+
+    Attributes:
+        shown: the latest partial result, pickled; None before the first.
+
     Args:
         device: the torch device to compute on.
         send: hands a message to the web process; safe to call from any thread.
@@ -62,6 +72,8 @@ class WorkerJob:
     def __init__(self, device: str, send: Send, later: Callable[[float, Callable[[], None]], None]) -> None:
         self.device = device
         self.cancelled = False
+        self.shown: bytes | None = None
+        self._next_show = 0.0  # on the monotonic clock
         self._send = send
         self._later = later
         self._latest: Progress | None = None
@@ -82,6 +94,18 @@ class WorkerJob:
                 self._scheduled = True
                 self._later(wait, self.flush)
 
+    def show(self, draft: Callable[[], Any]) -> None:
+        """Keep what `draft` makes as the latest partial result and say so, unless the last one is too young."""
+        began = time.monotonic()
+        if began < self._next_show:
+            return
+        result = draft()
+        weigh(result)  # raises where a part is not plain
+        self.shown = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        ended = time.monotonic()
+        self._next_show = ended + max(SHOW_INTERVAL, (ended - began) / SHOW_SHARE)
+        self._send({"shown": True})
+
     def flush(self) -> None:
         """Send the newest report if it has not been sent."""
         with self._lock:
@@ -98,7 +122,8 @@ class WorkerJob:
 def perform(run: str, topic: str, name: str, values: dict[str, Any]) -> Outcome:
     """Run the experiment `name` with parameter `values`; its messages go to the Dask `topic`, marked with `run`.
 
-    The first message says ``begun``, the others are reports; Dask adds the address of the ``worker`` to each.
+    The first message says ``begun``, one that says ``shown`` is about a partial result, which `shown` gives, the others
+    are reports; Dask adds the address of the ``worker`` to each.
     """
     warmup.wait()
     worker = get_worker()
@@ -149,6 +174,12 @@ def stop(run: str) -> None:
     job = _jobs.get(run)
     if job is not None:
         job.cancelled = True
+
+
+def shown(run: str) -> bytes | None:
+    """The latest partial result of a job of this worker, pickled; None if there is none or the job has ended."""
+    job = _jobs.get(run)
+    return None if job is None else job.shown
 
 
 def kill(dask_worker: Nanny) -> None:

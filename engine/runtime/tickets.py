@@ -40,6 +40,7 @@ class Work:
         self.state: State = "queued"
         self.place = 0
         self.progress: Progress | None = None
+        self.shown: Any = None
         self.result: Any = None
         self.error: WorkbenchError | None = None
         self.stop_reason: WorkbenchError | None = None
@@ -65,7 +66,7 @@ class Work:
         self.result, self.error = result, error
         self._ended = time.monotonic()
         if error is None:
-            self.state = "done"
+            self.state, self.shown = "done", None
         else:
             self.state = "cancelled" if isinstance(error, JobCancelledError) else "failed"
         for ticket in self.tickets:
@@ -115,6 +116,11 @@ class Ticket:
     def progress(self) -> Progress | None:
         """The latest report; None before the first."""
         return self.work.progress
+
+    @property
+    def shown(self) -> Any:
+        """The latest partial result of a job that shows any; None before the first, and once there is a result."""
+        return self.work.shown
 
     @property
     def seconds(self) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -154,6 +155,79 @@ class TestReports:
         assert steps[0] == 1
         assert steps[-1] == step
         assert type(sent[-1][1]["numbers"]["loss"]) is float
+
+
+class TestPartialResults:
+    def job(self):
+        sent = []
+        return WorkerJob("cpu", sent.append, lambda seconds, function: None), sent
+
+    def test_a_fast_loop_drafts_one_about_every_second(self, monkeypatch):
+        monkeypatch.setattr("engine.runtime.tasks.SHOW_INTERVAL", 0.1)
+        job, sent = self.job()
+        drafted, start, step = [], time.monotonic(), 0
+        while time.monotonic() - start < 0.55:
+            step += 1
+            job.show(lambda step=step: drafted.append(step) or {"step": step})
+        assert drafted[0] == 1
+        assert step > 500
+        assert 4 <= len(drafted) <= 6
+        assert sent == [{"shown": True}] * len(drafted)
+        assert pickle.loads(job.shown) == {"step": drafted[-1]}
+
+    def test_a_slow_draft_takes_a_small_share_of_the_time(self, monkeypatch):
+        monkeypatch.setattr("engine.runtime.tasks.SHOW_INTERVAL", 0.01)
+        job, _ = self.job()
+        drafted, start = [], time.monotonic()
+        while time.monotonic() - start < 1:
+            job.show(lambda: time.sleep(0.02) or drafted.append(1))
+        assert len(drafted) <= 2
+
+    def test_what_is_not_plain_is_named_and_not_sent(self):
+        job, sent = self.job()
+        with pytest.raises(TypeError, match=r"result\['model'\] is of type"):
+            job.show(lambda: {"model": object()})
+        assert not sent
+
+    def test_it_reaches_the_ticket_grows_and_gives_way_to_the_result(self, runtime):
+        ticket = submit(runtime, "showing")
+        assert ticket.shown is None
+        lengths = []
+        while not ticket.wait(0.02):
+            if ticket.shown is not None:
+                lengths.append(len(ticket.shown.numbers))
+        assert lengths == sorted(lengths)
+        assert 3 <= len(set(lengths)) <= 6  # in four seconds
+        assert len(ticket.result().numbers) == 40
+        assert ticket.shown is None
+        time.sleep(0.3)
+        assert ticket.shown is None
+
+    def test_those_who_share_it_cannot_change_it_for_each_other(self, runtime):
+        ticket = submit(runtime, "showing", steps=15)
+        until(lambda: ticket.shown is not None)
+        with pytest.raises(ValueError, match="read-only"):
+            ticket.shown.numbers[0] = 1
+        finished(ticket)
+
+    def test_a_worker_that_dies_leaves_what_it_had_shown(self, runtime):
+        ticket = finished(submit(runtime, "showing", steps=15, end="die"))
+        assert ticket.state == "failed"
+        assert ticket.error.startswith("The worker died")
+        assert 1 <= len(ticket.shown.numbers) <= 15
+
+    def test_a_cancelled_run_leaves_what_it_had_shown(self, runtime):
+        ticket = submit(runtime, "showing")
+        until(lambda: ticket.shown is not None)
+        ticket.cancel()
+        assert finished(ticket).state == "cancelled"
+        assert len(ticket.shown.numbers) >= 1
+
+    def test_in_this_process_it_goes_where_the_caller_wants_it_or_nowhere(self):
+        seen = []
+        LocalJob(on_show=seen.append).show(lambda: {"a": 1})
+        LocalJob().show(lambda: pytest.fail("nobody looks"))
+        assert seen == [{"a": 1}]
 
 
 class TestDevices:

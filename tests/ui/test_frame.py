@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
+from streamlit.testing.v1 import AppTest
 
 import engine.experiments
 import ui.run
@@ -230,6 +231,87 @@ def test_a_job_can_be_cancelled_and_asked_for_again(open_lab, runtime):
     app.slider(key="probe_seconds").set_value(0.0).run()
     assert "Layer 3 sums to 32." in captions(app)
     assert not app.warning
+
+
+class TestWatching:
+    """A job that grows as `ORDERS` tell it, on a page that has a button of its own."""
+
+    @pytest.fixture
+    def orders(self, runtime):
+        queue = engine.experiments.get("growing").run.__globals__["ORDERS"]
+        yield queue.put
+        while not all(ticket.wait(0.05) for ticket in runtime.tickets):
+            queue.put("return")
+        while not queue.empty():
+            queue.get()
+
+    @pytest.fixture
+    def page(self, orders):
+        app = AppTest.from_file(str(HERE / "watching_page.py"), default_timeout=20).run()
+        app.button(key="go").click().run()
+        assert app.get("skeleton")
+        return app
+
+    def test_what_it_has_shown_is_drawn_as_the_result_will_be(self, page, orders, runtime):
+        for length in (1, 2):
+            orders("grow")
+            run_until(page, lambda app: f"{length} for 7" in captions(app))  # noqa: B023
+            assert page.progress
+            assert not page.get("skeleton")
+        orders("return")
+        run_until(page, lambda app: not app.progress)
+        assert captions(page) == ["2 for 7, whole"]
+        assert len(runtime.tickets) == 1
+        assert not page.warning
+
+    def test_the_page_knows_whether_it_is_under_way(self, page, orders):
+        assert page.button(key="go").disabled
+        orders("return")
+        run_until(page, lambda app: not app.progress)
+        assert not page.button(key="go").disabled
+
+    def test_numbers_that_are_drawn_are_not_said_as_well(self, page, orders):
+        run_until(page, lambda app: "grown 0" in app.progress[0].text)
+        orders("grow")
+        run_until(page, lambda app: "Step 1 of 9" in app.progress[0].text)
+        assert "grown" not in page.progress[0].text
+
+    def test_a_failure_leaves_what_was_shown(self, page, orders):
+        orders("grow")
+        orders("fail")
+        run_until(page, lambda app: not app.progress)
+        assert warnings(page) == ["The worker died. What you see is what it had until then."]
+        assert captions(page) == ["1 for 7"]
+        assert not page.button(key="go").disabled
+
+    def test_a_cancelled_job_leaves_what_was_shown(self, page, orders):
+        orders("grow")
+        run_until(page, lambda app: "1 for 7" in captions(app))
+        page.button(key="_cancel_watched").click().run()
+        orders("look")
+        run_until(page, lambda app: not app.progress)
+        assert warnings(page) == ["Cancelled. What you see is what it had until then."]
+        assert captions(page) == ["1 for 7"]
+
+    def test_the_previous_result_stays_until_something_is_shown(self, page, orders):
+        orders("grow")
+        orders("return")
+        run_until(page, lambda app: not app.progress)
+        page.session_state["n"] = 8
+        page.button(key="go").click().run()
+        assert captions(page) == ["1 for 7, whole"]
+        assert "previous result" in page.progress[0].text
+        orders("grow")
+        run_until(page, lambda app: "1 for 8" in captions(app))
+        assert "previous result" not in page.progress[0].text
+
+    def test_a_job_that_cannot_be_submitted_does_not_lock_the_page(self, page, orders, runtime):
+        orders("return")
+        run_until(page, lambda app: not app.progress)
+        runtime.refuse = WorkbenchError("The workbench is shutting down.")
+        page.button(key="go").click().run()
+        assert warnings(page)[0].startswith("The workbench is shutting down.")
+        assert not page.button(key="go").disabled
 
 
 def test_a_superseded_job_is_cancelled(open_lab, runtime):

@@ -78,6 +78,24 @@ def test_shares_are_on_one_fixed_scale_and_heights_are_marked():
     assert fig.layout.annotations[0].text == "half"
 
 
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_the_axis_shows_the_span_whatever_has_been_drawn(logarithmic):
+    ranges = [
+        draw(Line("loss", X[:count], Y[:count]), span=(10, 1000), logarithmic=logarithmic).layout.xaxis.range
+        for count in (1, 40)
+    ]
+    assert ranges[0] == ranges[1]
+    low, high = (10 ** np.array(ranges[0])) if logarithmic else ranges[0]
+    assert low < 10 < 1000 < high
+    assert draw(Line("loss", X, Y)).layout.xaxis.range is None
+
+
+def test_a_note_says_where_the_rest_comes_from():
+    fig = draw(Line("loss", X, Y), marks=[(1, "one")], note="recorded elsewhere")
+    assert [annotation.text for annotation in fig.layout.annotations] == ["one", "recorded elsewhere"]
+    assert len(draw(Line("loss", X, Y)).layout.annotations) == 0
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(0, "0 "), (1, "1 "), (999, "999 "), (1000, "1 k"), (926_336, "926 k"), (1.5e12, "1.5 T"), (2e19, "2e+04 P")],

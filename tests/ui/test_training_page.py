@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import ui.run
+from engine.experiments import _training, training
 from engine.runtime import Runtime
 
 APP = Path(__file__).parents[2] / "app.py"
@@ -61,7 +63,7 @@ def train(app):
 
 def words(app):
     """Everything the page says, without Markdown's escapes."""
-    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.subheader, app.text)
+    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.header, app.text)
     return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
 
 
@@ -96,11 +98,13 @@ def test_nothing_runs_before_it_is_asked_for_and_the_cost_is_predicted(lab):
 def test_a_run_is_drawn_with_the_recorded_one_beside_it(lab):
     app = train(lab())
     assert "All 60 steps were taken" in words(app)
-    assert "The held-out loss went from 8." in words(app)
+    assert f"guessing costs {math.log(training.VOCAB_SIZE):.2f}) to" in words(app)
     assert names(app, "training_loss")[:3] == ["training loss, single steps", "training loss", "held-out loss"]
-    assert names(app, "training_loss")[3:] == ["shipped model (NVIDIA H200, recorded), training"]
-    assert spec(app, "training_loss")["data"][3]["line"]["dash"] == "dot"
-    assert spec(app, "training_loss")["data"][3]["x"][-1] == 60
+    assert names(app, "training_loss")[3:] == []  # its first checkup comes later
+    for key in ("training_loss", "training_heads"):
+        assert (
+            spec(app, key)["layout"]["annotations"][-1]["text"] == "shipped: our model on an H200, recorded 2026-11-22"
+        )
     assert "No induction head formed in 60 steps" in words(app)
     assert "Step 0\n" in words(app).replace("*", "")
     assert "One day, Lily and Tom went to the" in words(app)
@@ -110,10 +114,12 @@ def test_a_run_is_drawn_with_the_recorded_one_beside_it(lab):
 def test_along_the_tokens_both_runs_are_whole(lab):
     app = train(lab(along="Tokens read"))
     assert all(trace["x"][0] > 0 for trace in spec(app, "training_heads")["data"])
-    assert names(app, "training_loss")[3:] == [
-        "shipped model (NVIDIA H200, recorded), held-out",
-        "shipped model (NVIDIA H200, recorded), training",
-    ]
+    assert names(app, "training_loss")[3:] == ["shipped, held-out"]
+    shipped, recorded = spec(app, "training_loss")["data"][3], _training.recorded_run()
+    assert shipped["line"]["dash"] == "dash"
+    found = app.session_state["_run_training_run"].result
+    nats_a_character = np.array(shipped["y"]) / found.characters_per_token
+    np.testing.assert_allclose(nats_a_character, recorded.held_out_loss[1:] / recorded.characters_per_token)
     assert spec(app, "training_heads")["layout"]["xaxis"]["type"] == "log"
     assert len(spec(app, "training_heads")["data"][-1]["x"]) > 20
 
@@ -152,36 +158,101 @@ class TestBadInput:
 
     def test_a_text_too_short_is_one_sentence_and_stays(self, lab):
         app = train(lab(text="Too short."))
-        assert "training needs 258" in words(app)
+        assert "each part needs 65" in words(app)
         assert app.text_area(key="training_text").value == "Too short."
 
     def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
         app = lab(steps="banana", learning_rate="fast")
         assert "banana" in words(app)
         assert "fast" in words(app)
-        assert app.slider(key="training_steps").value == 300
+        assert app.slider(key="training_steps").value == training.Params().steps
 
 
-def test_a_cancelled_run_keeps_what_it_has_learned(lab):
-    app = lab(steps=2000, num_layers=1, d_model=64, batch_size=4)
-    app.button(key="_training_train").click()
-    app.run()
+LONG = {"steps": 2000, "d_model": 64, "batch_size": 4}
+
+
+def watched(app, condition):
+    """Draw the page, as its polling fragment does in a browser, until something is shown and `condition` holds."""
     end = time.monotonic() + SECONDS
-    while not (app.progress and "loss" in app.progress[0].text):
+    while not (app.progress and chart_is_drawn(app) and condition(app)):
+        assert time.monotonic() < end, "it was never shown"
+        time.sleep(0.1)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def chart_is_drawn(app):
+    return any(element.proto.id.endswith("training_loss") for element in app.get("plotly_chart"))
+
+
+def steps_drawn(app):
+    return next((trace["x"][-1] for trace in spec(app, "training_loss")["data"] if trace["name"] == "training loss"), 0)
+
+
+def ends(app):
+    return [(spec(app, key)["layout"]["xaxis"]["range"]) for key in ("training_loss", "training_heads")]
+
+
+def test_the_curves_grow_on_axes_that_stay_and_a_cancelled_run_keeps_them(lab):
+    app = lab(**LONG)
+    app.button(key="_training_train").click().run()
+    watched(app, lambda app: "So far the held-out loss" in words(app))
+    first, axes = steps_drawn(app), ends(app)
+    assert axes[0] == axes[1]
+    assert axes[0][0] <= 0 < 2000 <= axes[0][1]
+    assert "No induction head has formed so far" in words(app)
+    assert "Step 0\n" in words(app).replace("*", "")
+    assert app.button(key="_training_train").disabled
+    assert not app.get("download_button")
+    watched(app, lambda app: steps_drawn(app) > first)
+    assert ends(app) == axes
+    app.button(key="_cancel_training_run").click()
+    finished(app)
+    last = steps_drawn(app)
+    assert first < last < 2000
+    assert f"Cancelled after step {last} of 2000" in words(app)
+    assert "So far" not in words(app)
+    assert "It learned from" in words(app)
+    assert not app.button(key="_training_train").disabled
+    assert [button.label for button in app.get("download_button")] == ["Save model"]
+
+
+def test_settings_changed_during_a_run_are_for_the_next(lab):
+    app = lab(**LONG)
+    app.button(key="_training_train").click().run()
+    watched(app, lambda app: True)
+    app.slider(key="training_steps").set_value(20).run()
+    assert "these are for the next one" in words(app)
+    assert "of 2000" in app.progress[0].text
+    app.button(key="_cancel_training_run").click()
+    finished(app)
+    assert "trained with other settings" in words(app)
+    train(app)
+    assert "All 20 steps were taken" in words(app)
+
+
+def test_the_guess_is_seen_beside_the_run_as_it_goes(lab):
+    app = lab(tab="Predict", guess=5.9, **LONG)
+    app.button(key="_training_train").click().run()
+    end = time.monotonic() + SECONDS
+    while "You said 5.9" not in words(app):
         assert time.monotonic() < end
         time.sleep(0.1)
         app.run()
+    assert "of 2000." in words(app)
+    assert "than you expected" not in words(app)
     app.button(key="_cancel_training_run").click()
     finished(app)
-    assert app.session_state["_run_training_run"].result.ended == "cancelled"
-    assert "It learned from" in words(app)
+    assert "You said 5.9" in words(app)
+    assert "of 2000." not in words(app)
 
 
 def test_the_guess_lies_beside_what_was_measured(lab):
-    app = lab(tab="Predict", guess=9.0)
+    app = lab(tab="Predict", guess=5.9)
     assert "Set your guess" in words(app)
     train(app)
-    assert "You said 9.0, it is" in words(app)
+    assert "You said 5.9, it is" in words(app)
     assert "learned more than you expected" in words(app)
     app.slider(key="training_guess").set_value(1.0)
     finished(app)

@@ -1,5 +1,6 @@
 """The registry of experiments: finding them, parsing their parameters, saying what is wrong, making results plain."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -171,6 +172,12 @@ def test_what_json_does_not_have_becomes_null(odd, dtype):
 @pytest.mark.parametrize("values", [np.array([True, False]), np.array(["a", "nan"]), np.arange(3), np.array([])])
 def test_arrays_of_anything_else_stay_as_they_are(values):
     assert json.loads(json.dumps(experiments.to_plain(values), allow_nan=False)) == values.tolist()
+
+
+@pytest.mark.parametrize("content", [b"", bytes(range(256))])
+def test_bytes_come_back_from_base64(content):
+    plain = json.loads(json.dumps(experiments.to_plain({"archive": content})))
+    assert base64.b64decode(plain["archive"], validate=True) == content
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

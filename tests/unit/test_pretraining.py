@@ -1,5 +1,6 @@
 """Pretraining: what the small model reads, the recipe and its command line, and a whole run of a few steps."""
 
+import datetime
 import json
 import lzma
 import math
@@ -17,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import llama
 from engine.architecture import ModelConfig
-from engine.data import IGNORED, pack
+from engine.data import IGNORED, TokenBlocks, pack
 from engine.errors import InputError
 from engine.generation import generate
-from engine.head_statistics import induction_score, previous_token_score, repeated_random_tokens
+from engine.head_statistics import induction_score, previous_token_score, probe_periods, repeated_random_tokens
 from engine.pretraining import run as pretraining
 from engine.pretraining.__main__ import main
 from engine.pretraining.mixture import RepetitionMixture
@@ -294,7 +295,7 @@ class TestRun:
         for fact in (
             f"{log['final']['held_out_loss']:.3f} nats a token",
             f"{log['final']['induction']['score']:.2f}, layer {log['final']['induction']['layer']}",
-            log["device"],
+            f"{log['device']}, {datetime.date.fromisoformat(log['date'])}, ",
             f"torch {torch.__version__}",
             "6 steps of 4 × 32 tokens",
             "Apache-2.0",
@@ -344,21 +345,45 @@ class TestRun:
 
 class TestExamination:
     def test_finds_the_best_heads_among_all(self, trained):
-        """Scored again from the definition, head by head."""
-        model, recipe = llama.read(trained), Recipe(probe_period=10, model={"vocab_size": 300})
+        """Scored again from the definition, head by head, over three periods."""
+        model, recipe = llama.read(trained), Recipe(probe_period=12, model={"vocab_size": 300})
         stories = read_stories(trained / "heldout.txt")
         found = examine(model, pack(stories, AutoTokenizer.from_pretrained(trained), 32), recipe, 3)
-        maps = model.attention_maps(repeated_random_tokens(300, 10, 8, seed=1)).mean(1)
+        probes = {period: repeated_random_tokens(300, period, 8, seed=1) for period in (6, 9, 12)}
+        maps = {period: model.attention_maps(probe).mean(1) for period, probe in probes.items()}
         scores = {
-            "induction": lambda head: sum(head[q, q - 9] for q in range(10, 20)) / 10,
-            "previous_token": lambda head: sum(head[q, q - 1] for q in range(1, 20)) / 19,
+            "induction": lambda head, p: sum(head[q, q - p + 1] for q in range(p, 2 * p)) / p,
+            "previous_token": lambda head, p: sum(head[q, q - 1] for q in range(1, 2 * p)) / (2 * p - 1),
         }
         for name, score in scores.items():
             best = getattr(found, name)
-            values = {(layer, head): score(maps[layer, head]).item() for layer in range(2) for head in range(2)}
+            values = {
+                (layer, head): sum(score(maps[period][layer, head], period).item() for period in maps) / 3
+                for layer in range(2)
+                for head in range(2)
+            }
             assert max(values, key=values.get) == (best.layer, best.head)
             assert values[best.layer, best.head] == pytest.approx(best.score, abs=1e-6)
         assert found.step == 3
+
+    def test_copying_is_counted_in_the_second_round(self, storyteller, trained):
+        """The storyteller copies, a model of a few steps does not."""
+        held_out = TokenBlocks(torch.randint(4096, (2, 33)))
+        assert examine(storyteller, held_out, Recipe(), 0).copied > 0.95
+        recipe = Recipe(probe_period=12, model={"vocab_size": 300})
+        little = examine(llama.read(trained), TokenBlocks(held_out.ids % 300), recipe, 0)
+        assert little.copied < 0.2
+
+    @pytest.mark.parametrize("longest", [8, 10, 32, 50])
+    def test_a_head_that_looks_equally_far_back_is_no_induction_head(self, longest):
+        for back in range(1, longest + 1):
+            total = 0.0
+            for period in probe_periods(longest):
+                weights = torch.zeros(2 * period, 2 * period)
+                query = torch.arange(2 * period)
+                weights[query, (query - back).clamp(min=0)] = 1.0
+                total += induction_score(weights, period)
+            assert total / 3 <= 1 / 3 + 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ def curves(
     logarithmic: bool = False,
     share: bool = False,
     marks: Sequence[tuple[float, str]] = (),
+    span: tuple[float, float] | None = None,
+    note: str = "",
     mode: theme.Mode = "light",
 ) -> go.Figure:
     """Curves over the steps of a run, or over the tokens read.
@@ -51,18 +53,27 @@ def curves(
         logarithmic: whether the horizontal axis is.
         share: whether the vertical axis is a share from 0 to 1.
         marks: heights to mark with a dotted line, and what to call each.
+        span: what the horizontal axis shows, so that it stays as it is while a run grows; by default what the curves
+            need.
+        note: stands below the axis, e.g. where and when the dashed curves were recorded.
         mode: light or dark.
     """
     surface = theme.SURFACES[mode]
     vertical = {"title": {"text": up}, "rangemode": "tozero" if not share else "normal"}
     if share:
         vertical |= {"range": [-0.02, 1.05], "tickformat": ".0%"}
+    horizontal = {
+        "title": {"text": across, "standoff": 6},
+        **({"type": "log", "exponentformat": "SI"} if logarithmic else {}),
+    }
+    if span is not None:
+        horizontal["range"] = _padded(*np.log10(span)) if logarithmic else _padded(*span)
     traces = [trace for line in lines if len(line.x) > (line.colour is None) for trace in _traces(line, share, mode)]
     return go.Figure(
         traces,
         {
-            "margin": {"l": 56, "r": 14, "t": 58, "b": 48},
-            "xaxis": {"title": {"text": across}, **({"type": "log", "exponentformat": "SI"} if logarithmic else {})},
+            "margin": {"l": 56, "r": 14, "t": 58, "b": 66},
+            "xaxis": horizontal,
             "yaxis": vertical,
             "hovermode": "x unified",
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
@@ -91,7 +102,21 @@ def curves(
                     "font": {"size": 12, "color": surface.muted},
                 }
                 for height, label in marks
-            ],
+            ]
+            + [
+                {
+                    "text": note,
+                    "xref": "paper",
+                    "x": 0,
+                    "xanchor": "left",
+                    "yref": "paper",
+                    "y": 0,
+                    "yshift": -46,
+                    "yanchor": "top",
+                    "showarrow": False,
+                    "font": {"size": 12, "color": surface.muted},
+                }
+            ][: bool(note)],
         },
     )
 
@@ -101,6 +126,11 @@ def running_mean(values: np.ndarray, window: int = _WINDOW) -> np.ndarray:
     total = np.cumsum(values)
     before = np.concatenate([np.zeros(min(window, len(values))), total[:-window]])
     return (total - before) / np.minimum(np.arange(1, len(values) + 1), window)
+
+
+def _padded(low: float, high: float) -> list[float]:
+    margin = 0.015 * (high - low)
+    return [float(low - margin), float(high + margin)]
 
 
 def _traces(line: Line, share: bool, mode: theme.Mode) -> list[dict[str, object]]:

@@ -15,15 +15,25 @@ from ui.training.settings import PREFIX, RUN, Settings, amount
 
 STEPS, TOKENS = "Steps", "Tokens read"
 FORMED = 0.5
+_HEIGHT = 340
+_RECENT = 15  # steps
 
 
 def explore(given: Settings) -> None:
-    """The Explore tab: the curves of the last run, what it said on the way, and what it cost."""
-    found = trained(given)
-    if found is None:
+    """The Explore tab: the curves of the last run as they grow, what it said on the way, and what it cost."""
+    if given.started is None:
+        st.info(
+            "Nothing is trained yet. Choose a size and press **Train**: the curves, what the model says after 0, 50, "
+            "200 steps, and how its heads learn to look back grow here while it learns.",
+            icon=":material/school:",
+        )
         return
-    params = run.params_of(RUN)
-    _ending(found)
+    run.watch("training", given.started, _draw, key=RUN, height=_HEIGHT)
+
+
+def _draw(found: training.Result, params: training.Params) -> None:
+    if found.ended != "running":
+        _ending(found)
     along = st.segmented_control(
         "Along",
         (STEPS, TOKENS),
@@ -33,51 +43,57 @@ def explore(given: Settings) -> None:
         bind="query-params",
         help="Steps of different runs hold different numbers of tokens; along the tokens read they can be compared.",
     )
-    if len(found.step):
+    left, right = st.columns(2, gap="small")
+    with left:
         _loss(found, params, along)
-    _induction(found, params, along)
+    with right:
+        _induction(found, params, along)
     _samples(found)
     _cost(found)
-    if len(found.step):
-        with st.expander("Learning rate, gradient and speed", icon=":material/speed:"):
+    course = st.expander(
+        "Learning rate, gradient and speed", icon=":material/speed:", key=f"{PREFIX}_course", on_change="rerun"
+    )
+    if course.open and len(found.step):
+        with course:
             _course(found, along)
-
-
-def trained(given: Settings) -> training.Result | None:
-    """The last run; while there is none, draws what stands in its place."""
-    if given.started is None:
-        st.info(
-            "Nothing is trained yet. Choose a size and press **Train**: the curves, what the model says after 0, 50, "
-            "200 steps, and how its heads learn to look back appear here.",
-            icon=":material/school:",
-        )
-        return None
-    found = run.run("training", given.started, key=RUN)
-    if found is None and run.is_running(RUN):
-        st.skeleton(height=360)
-    return found
 
 
 def _ending(found: training.Result) -> None:
     share = found.training_tokens / (found.training_tokens + found.held_out_tokens)
-    facts = (
-        f"{found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}. It learned from "
+    words = plain(
+        f"{found.ending} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}. It learned from "
         f"{found.training_tokens:,} tokens ({share:.0%} of the text); the last {1 - share:.0%} was held out."
     )
+    said, model = st.columns([5, 1], vertical_alignment="center")
     if found.ended == "diverged":
-        st.warning(plain(f"{found.ending} {facts}"), icon=":material/trending_up:")
+        said.warning(words, icon=":material/trending_up:")
     elif found.ended == "cancelled":
-        st.info(plain(f"{found.ending} {facts}"), icon=":material/info:")
+        said.info(words, icon=":material/info:")
     else:
-        st.caption(plain(f"{found.ending} {facts}"))
+        said.caption(words)
+    model.download_button(
+        "Save model",
+        found.archive,
+        f"{training.ARCHIVE_FOLDER}.zip",
+        "application/zip",
+        key=f"{PREFIX}_model",
+        icon=":material/download:",
+        on_click="ignore",
+        width="stretch",
+        help=f"What it has learned, {amount(len(found.archive))}B: weights, config and tokenizer in a folder. "
+        "Unpacked, it opens in the attention lab by its path, and in transformers.",
+    )
 
 
 def loss_sentence(found: training.Result) -> str:
     """What the loss did, in words."""
     first, last, best = found.held_out_loss[0], found.held_out_loss[-1], found.held_out_loss.argmin()
+    guessing = f"guessing costs {np.log(training.VOCAB_SIZE):.2f}"
+    if len(found.checked) == 1:
+        return f"Before its first lesson the model is at {first:.2f} nats a token on held-out text; {guessing}."
     words = (
-        f"The held-out loss went from {first:.2f} nats a token (guessing costs {np.log(training.VOCAB_SIZE):.2f}) to "
-        f"{last:.2f}: {np.exp(last):,.0f} equally likely next tokens instead of {np.exp(first):,.0f}."
+        f"{'So far the' if found.ended == 'running' else 'The'} held-out loss went from {first:.2f} nats a token "
+        f"({guessing}) to {last:.2f}: {np.exp(last):,.0f} equally likely next tokens instead of {np.exp(first):,.0f}."
     )
     if last > found.held_out_loss[best] + 0.05:
         words += (
@@ -90,17 +106,25 @@ def loss_sentence(found: training.Result) -> str:
 def induction_sentence(found: training.Result) -> str:
     """Whether and when a head learned to look back, in words."""
     formed = np.flatnonzero(found.induction >= FORMED)
+    running = found.ended == "running"
     if len(formed):
         first = formed[0]
+        since = (
+            ""
+            if found.checked[first] == found.checked[-1]
+            else (f" there and {found.induction[-1]:.0%} {'by now' if running else 'at the end'}")
+        )
         return (
-            f"An induction head formed by step {found.checked[first]}: its score is {found.induction[first]:.0%} "
-            f"there and {found.induction[-1]:.0%} at the end. The best previous-token head scores "
-            f"{found.previous_token[-1]:.0%}."
+            f"An induction head formed by step {found.checked[first]}: its score is {found.induction[first]:.0%}"
+            f"{since}. The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
+            f"are said again the model gets {found.copied[-1]:.0%} right."
         )
     words = (
-        f"No induction head formed in {found.checked[-1]} steps: the best score is {found.induction.max():.0%}, the "
-        f"best previous-token head reaches {found.previous_token.max():.0%}."
+        f"No induction head {'has formed so far,' if running else 'formed'} in {found.checked[-1]} steps: the best "
+        f"score is {found.induction.max():.0%}, the best previous-token head reaches {found.previous_token.max():.0%}."
     )
+    if running:
+        return words
     recorded = recorded_run()
     if recorded is not None and (recorded.induction >= FORMED).any():
         read = recorded.checked[(recorded.induction >= FORMED).argmax()] * recorded.tokens_per_step
@@ -118,23 +142,29 @@ def _loss(found: training.Result, params: training.Params, along: str) -> None:
         _line("held-out loss", found, found.checked, found.held_out_loss, along, 1),
     ]
     if recorded is not None:
-        whose = f"shipped model ({recorded.device}, recorded)"
+        # A nat a character is the same for every tokenizer; this run's tokens hold fewer characters.
+        rescaled = recorded.held_out_loss * found.characters_per_token / recorded.characters_per_token
         last = _last(found, along)
-        lines += [
-            _line(f"{whose}, held-out", recorded, recorded.checked, recorded.held_out_loss, along, None, last=last),
-            _line(f"{whose}, training", recorded, recorded.step, recorded.loss, along, None, raw=True, last=last),
-        ]
+        lines.append(_line("shipped, held-out", recorded, recorded.checked, rescaled, along, None, last=last))
     fig = charts.curves(
         lines,
         across=_across(along),
         up="loss, nats a token",
         logarithmic=along == TOKENS,
         marks=[(float(np.log(training.VOCAB_SIZE)), "guessing")],
+        span=span(found, along),
+        note=_provenance(recorded),
         mode=theme.mode(),
     )
     key = f"{PREFIX}_loss"
-    note = "" if params.random_share == 0 else " The training loss includes the random samples, which cost more."
-    chart.figure(fig, key=key, sentence=loss_sentence(found) + note, height=380)
+    sentence = loss_sentence(found)
+    if params.random_share and len(found.loss):
+        copies = found.loss[-_RECENT:].mean() < found.held_out_loss[-1]
+        words = "cost less now that their second half can be copied" if copies else "cost more"
+        sentence += f" The training loss includes the random samples, which {words}."
+    if recorded is not None:
+        sentence += " The shipped model's loss is converted to tokens of this length."
+    chart.figure(fig, key=key, sentence=sentence, height=_HEIGHT)
     export.export(fig, key=key, name="training-loss", experiment="training", params=params, data=lambda: _table(found))
 
 
@@ -143,22 +173,26 @@ def _induction(found: training.Result, params: training.Params, along: str) -> N
     lines = [
         _line("induction", found, found.checked, found.induction, along, 2),
         _line("previous token", found, found.checked, found.previous_token, along, 3),
+        _line("copied right", found, found.checked, found.copied, along, 4),
     ]
     if recorded is not None:
-        name = f"induction of the shipped model ({recorded.device}, recorded)"
         last = _last(found, along)
-        lines.append(_line(name, recorded, recorded.checked, recorded.induction, along, None, last=last))
+        lines.append(
+            _line("shipped, induction", recorded, recorded.checked, recorded.induction, along, None, last=last)
+        )
     fig = charts.curves(
         lines,
         across=_across(along),
-        up="score of the best head",
+        up="score, or share copied",
         logarithmic=along == TOKENS,
         share=True,
         marks=[(FORMED, "a head of this kind")],
+        span=span(found, along),
+        note=_provenance(recorded),
         mode=theme.mode(),
     )
     key = f"{PREFIX}_heads"
-    chart.figure(fig, key=key, sentence=induction_sentence(found), height=320)
+    chart.figure(fig, key=key, sentence=induction_sentence(found), height=_HEIGHT)
     export.export(
         fig,
         key=key,
@@ -171,6 +205,7 @@ def _induction(found: training.Result, params: training.Params, along: str) -> N
                 "held_out_loss": found.held_out_loss,
                 "induction": found.induction,
                 "previous_token": found.previous_token,
+                "copied": found.copied,
             }
         ),
     )
@@ -201,13 +236,14 @@ def _course(found: training.Result, along: str) -> None:
                 across=_across(along),
                 up=title,
                 logarithmic=along == TOKENS,
+                span=span(found, along),
                 mode=theme.mode(),
             )
             chart.figure(fig, key=f"{PREFIX}_course_{name.split()[0]}", sentence=f"{name}: {sentence}", height=240)
 
 
 def _samples(found: training.Result) -> None:
-    st.subheader("What it says", anchor=False)
+    st.header("What it says", anchor=False)
     st.caption("The same prompt and the same dice at every step.")
     for sample in found.samples:
         with st.container(border=True, gap="xsmall"):
@@ -216,7 +252,7 @@ def _samples(found: training.Result) -> None:
 
 
 def _cost(found: training.Result) -> None:
-    st.subheader("Predicted and measured", anchor=False)
+    st.header("Predicted and measured", anchor=False)
     predicted, measured = found.predicted, found.measured
     taken = f"{len(found.step)} steps"
     st.table(
@@ -233,7 +269,7 @@ def _cost(found: training.Result) -> None:
                     f"{amount(measured.memory_bytes)}B",
                 ],
             },
-            index=["parameters", f"arithmetic of {taken}", "memory at its peak"],
+            index=pd.Index(["parameters", f"arithmetic of {taken}", "memory at its peak"], name="what"),
         ),
         border="horizontal",
     )
@@ -263,9 +299,27 @@ def _line(
     return charts.Line(name, step[kept] * scale, values[kept], colour, raw)
 
 
+def _provenance(recorded: Recorded | None) -> str:
+    return "" if recorded is None else f"shipped: our model on an {recorded.provenance}"
+
+
 def _last(found: training.Result, along: str) -> float:
-    """Up to which step the recorded run is drawn: along the steps, up to where this one ended."""
-    return found.checked[-1] if along == STEPS else np.inf
+    """Up to which step the recorded run is drawn: along the steps, up to where this one ends."""
+    return _end(found) if along == STEPS else np.inf
+
+
+def _end(found: training.Result) -> int:
+    """The step at which the run ended or, while it is running, is to end."""
+    return found.steps if found.ended == "running" else int(found.checked[-1])
+
+
+def span(found: training.Result, along: str) -> tuple[float, float]:
+    """What the horizontal axis shows: the same from the first step to the last."""
+    end, recorded = max(1, _end(found)), recorded_run()
+    if along == STEPS:
+        return 0, end
+    ends = [end * found.tokens_per_step] + ([recorded.step[-1] * recorded.tokens_per_step] if recorded else [])
+    return found.tokens_per_step, max(*ends, 2 * found.tokens_per_step)
 
 
 def _across(along: str) -> str:

@@ -9,10 +9,11 @@ from engine.experiments import training
 from ui import chart, run, theme
 from ui.charts import training as charts
 from ui.prose import plain
-from ui.training.explore import trained
+from ui.training.explore import STEPS, span
 from ui.training.settings import PREFIX, RUN, Settings
 
 _GUESSING = float(np.log(training.VOCAB_SIZE))
+_HEIGHT = 340
 
 
 def predict(given: Settings) -> None:
@@ -24,8 +25,8 @@ def predict(given: Settings) -> None:
     guess = st.slider(
         "Your guess of the last held-out loss, nats a token",
         0.0,
-        9.0,
         6.0,
+        4.0,
         0.1,
         key=f"{PREFIX}_guess",
         bind="query-params",
@@ -33,13 +34,23 @@ def predict(given: Settings) -> None:
     if given.started is None:
         st.caption("Set your guess, then press “Train”.")
         return
-    found = trained(given)
-    if found is None:
-        return
+
+    def draw(found: training.Result, params: training.Params) -> None:
+        _verdict(found, guess)
+        if found.ended != "running" and params != given.params:
+            st.caption("The settings have changed since this run: guess again, then press “Train again”.")
+
+    run.watch("training", given.started, draw, key=RUN, height=_HEIGHT)
+
+
+def _verdict(found: training.Result, guess: float) -> None:
+    """The guess beside what was measured or, in a run that is under way, beside where it is."""
     measured = float(found.held_out_loss[-1])
     off = guess - measured
     words = f"You said {guess:.1f}, it is {measured:.2f} after step {found.checked[-1]}"
-    if abs(off) <= 0.2:
+    if found.ended == "running":
+        st.info(plain(f"{words} of {found.steps}."), icon=":material/hourglass_top:")
+    elif abs(off) <= 0.2:
         st.success(plain(f"{words}: well guessed."), icon=":material/check_circle:")
     else:
         side = "learned more" if off > 0 else "learned less"
@@ -49,14 +60,15 @@ def predict(given: Settings) -> None:
         across="step",
         up="loss, nats a token",
         marks=[(_GUESSING, "guessing"), (guess, "your guess")],
+        span=span(found, STEPS),
         mode=theme.mode(),
     )
-    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=_sentence(found), height=340)
-    if run.params_of(RUN) != given.params:
-        st.caption("The settings have changed since this run: guess again, then press “Train again”.")
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=_sentence(found), height=_HEIGHT)
 
 
 def _sentence(found: training.Result) -> str:
+    """When most of it was learned, in words."""
     half = (found.held_out_loss[0] + found.held_out_loss.min()) / 2
     first = int(np.flatnonzero(found.held_out_loss <= half)[0])
-    return f"Half of all progress was made by step {found.checked[first]} of {found.checked[-1]}."
+    made = f"was made by step {found.checked[first]} of {found.checked[-1]}."
+    return f"Half of all progress {'so far ' if found.ended == 'running' else ''}{made}"

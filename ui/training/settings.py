@@ -11,13 +11,12 @@ from engine.experiments import training
 from ui import controls, run
 from ui.controls import Look
 from ui.labs import TRAINING
-from ui.prose import plain
 
 PREFIX = TRAINING.url_path
 RUN = f"{PREFIX}_run"
 _STARTED = f"_{PREFIX}_started"
 _PREFIXES = ("", "k", "M", "G", "T", "P")
-_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
+_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,25 @@ def settings() -> Settings | None:
         f"Predicted: {amount(cost.parameters)} parameters, {amount(cost.flops)}FLOP, "
         f"{amount(cost.memory_bytes)}B of memory."
     )
-    started = st.session_state.get(_STARTED)
+    started, running = st.session_state.get(_STARTED), run.is_running(RUN)
+    label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
     st.button(
-        "Train" if started is None else "Train again",
+        "Training…" if running else label,
         key=f"_{PREFIX}_train",
         type="primary",
-        icon=":material/play_arrow:",
+        icon=f":material/{'hourglass_top' if running else icon}:",
         width="stretch",
+        disabled=running,
+        help="One training at a time: let it end, or cancel it, which keeps what it has learned." if running else None,
         on_click=_start,
         args=(params,),
     )
     if started is not None and started != params:
-        st.caption(plain("What you see was trained with other settings: press “Train again” for these."))
+        st.caption(
+            "The training goes on with the settings that it began with; these are for the next one."
+            if running
+            else "What you see was trained with other settings: press “Train again” for these."
+        )
     return Settings(params, started)
 
 

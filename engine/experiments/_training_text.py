@@ -1,0 +1,67 @@
+"""What the training lab learns from: the shipped stories or a learner's own text, with a tokenizer made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import InputError
+from engine.experiments._training import SHIPPED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two parts, as tokens.
+
+    Args:
+        tokenizer: made for the part that is learned.
+        learned, tested: (tokens,) each.
+        characters_per_token: of the tested part.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    learned: Tensor
+    tested: Tensor
+    characters_per_token: float
+
+
+def read(text: str, vocab_size: int, block_size: int) -> Corpus:
+    """`text`, or the shipped stories if it is empty; its last tenth is kept apart to be tested on.
+
+    Args:
+        text: what to learn from.
+        vocab_size: of the tokenizer.
+        block_size: T; each part must hold T + 1 tokens.
+
+    Raises:
+        InputError: the text is too short for that.
+    """
+    from engine.data import stream, train_tokenizer
+    from engine.pretraining.run import read_stories
+
+    learned, tested = split([text] if text.strip() else read_stories(SHIPPED / "heldout.txt"))
+    tokenizer = train_tokenizer(learned, vocab_size, block_size)
+    parts = stream(learned, tokenizer), stream(tested, tokenizer)
+    if min(map(len, parts)) <= block_size:
+        raise InputError(
+            f"The text has {len(parts[0])} tokens to learn from and {len(parts[1])} in its last tenth to be tested on, "
+            f"each part needs {block_size + 1}: paste more text, or leave it empty for the stories."
+        )
+    return Corpus(tokenizer, *parts, characters_per_token=sum(map(len, tested)) / len(parts[1]))
+
+
+def split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """The first nine tenths of the characters of all `documents`, and the rest; at most one document is cut."""
+    left = round((1 - HELD_OUT_SHARE) * sum(map(len, documents)))
+    learned, tested = [], []
+    for document in documents:
+        learned.append(document[:left])
+        tested.append(document[left:])
+        left = max(0, left - len(document))
+    return list(filter(None, learned)), list(filter(None, tested))
