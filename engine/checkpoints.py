@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +57,10 @@ WHEELS = {
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Where the Hub keeps SmolLM2's own weights, in bfloat16."""
 
-_hub_out_of_reach = threading.Event()
+HUB_PAUSE = 600.0
+"""Seconds for which a process that could not fetch SmolLM2 from the Hub does not ask again."""
+
+_ask_hub_from = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,17 +133,18 @@ def check_fits(name: str, num_parameters: int, device: str, dtype: torch.dtype) 
 def _smollm2(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     """The weights as the Hub has them, from this machine or from there; where both fail, those of the wheel.
 
-    A process that found the Hub out of reach does not ask again: whoever changes a slider must not wait for it.
+    After a failure the process does not ask again for a while: whoever changes a slider must not wait for it.
     """
+    global _ask_hub_from
     try:
         found = _downloaded(SMOLLM2_ID)
     except (OSError, InputError):
         found = None
-    if found is None and not _hub_out_of_reach.is_set():
+    if found is None and time.monotonic() >= _ask_hub_from:
         try:
             found = _from_hub(SMOLLM2_ID, device, dtype)
         except InputError:
-            _hub_out_of_reach.set()
+            _ask_hub_from = time.monotonic() + HUB_PAUSE
     if found is None:
         found = _from_wheel(catalogue.SMOLLM2_Q4, device, dtype)
     return dataclasses.replace(found, name=name)

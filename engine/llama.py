@@ -59,6 +59,8 @@ def read(folder: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
         raise InputError(f"The folder {folder} has no {Path(error.filename or 'model.safetensors').name}.") from error
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"The files of {folder} are damaged or incomplete: fetch or save them again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"The config.json of {folder} describes no model: fetch or save it again.")
     return _build(config, {name: weight.to(dtype) for name, weight in weights.items()})
 
 
@@ -141,6 +143,17 @@ def _build(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Decoder:
     return decoder.eval()
 
 
+_NEEDED = (
+    "num_attention_heads",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
 def _shape(config: Mapping[str, Any]) -> ModelConfig:
     """What a Llama's config.json says, as ours; transformers 4 writes ``rope_theta``, 5 ``rope_parameters``."""
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -154,6 +167,8 @@ def _shape(config: Mapping[str, Any]) -> ModelConfig:
     for name, (given, allowed) in differences.items():
         if given not in allowed:
             raise InputError(f"The model has {name} {given!r}, this decoder {allowed[0]!r}: choose a plain Llama.")
+    if missing := [name for name in _NEEDED if not isinstance(config.get(name), int | float)]:
+        raise InputError(f"The model's config.json does not say its {', '.join(missing)}: fetch or save it again.")
     heads = config["num_attention_heads"]
     return ModelConfig(
         d_model=config["hidden_size"],

@@ -8,17 +8,19 @@ Legend: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, Self
 
+import numpy as np
 import psutil
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +68,13 @@ class RunFacts(Settings):
     options: TrainerOptions
     samples: int
     block_size: int
+    data: str = Field(description="Fingerprint of a few samples.")
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if self.step > self.total_steps:
+            raise ValueError(f"step is {self.step}: it must be at most total_steps, which is {self.total_steps}.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,9 @@ def evaluate(model: Decoder, blocks: TokenBlocks, batch_size: int = 32, precisio
 class Trainer:
     """AdamW on the next-token loss, with a linear warm-up and a cosine decay of the learning rate.
 
-        loss = −mean ln p(next token), rate(s) = highest · min(s / w, f + (1 − f)(1 + cos π·(s − w)/(S − w)) / 2)
+        loss = −mean ln p(next token)
+        rate(s) = highest · (s + 1) / w                                       for the first w of S steps, s = 0, 1, …
+        rate(s) = highest · (f + (1 − f)·(1 + cos π·(s − w)/(S − w)) / 2)     for the others
 
     A run is `train` or `train_steps`. A cancelled run keeps what was learned; `resume` goes on with it, in the same
     process or, after `save` and `load`, in another: there it takes the very steps that it would have taken here.
@@ -134,7 +145,8 @@ class Trainer:
         cancelled: asked before every step; the run ends when it says True.
 
     Raises:
-        InputError: a token that the model does not have, blocks beyond its context, or too few blocks.
+        InputError: a token that the model does not have, blocks beyond its context, too few blocks, or a dataset that
+            cannot be split where `held_out` is left out.
 
     Source: Loshchilov and Hutter 2019, AdamW; schedule: Radford et al. 2018, GPT.
     """
@@ -150,6 +162,8 @@ class Trainer:
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         if held_out is None:
+            if not isinstance(dataset, TokenBlocks):
+                raise InputError(f"A {type(dataset).__name__} has no part of its own to test on: give held_out.")
             dataset, held_out = dataset.split(0.1)
         self.model, self.dataset, self.held_out = model, dataset, held_out
         self.on_step, self.cancelled = on_step, cancelled
@@ -251,6 +265,7 @@ class Trainer:
             options=self.options,
             samples=len(self.dataset),
             block_size=self.dataset.block_size,
+            data=self._fingerprint(),
         )
         training_state.write(path, training_state.collect(self.model, self._optimizer), facts.model_dump())
 
@@ -271,8 +286,10 @@ class Trainer:
                 f"The checkpoint was trained on {facts.samples} samples of {facts.block_size} tokens, here are "
                 f"{here[0]} of {here[1]}: give the same text and block size."
             )
+        if facts.data != self._fingerprint():
+            raise InputError("The checkpoint was trained on other samples of the same sizes: give the same text.")
         optimizer = self._make_optimizer(facts.options)
-        training_state.restore(self.model, optimizer, tensors)
+        training_state.restore(self.model, optimizer, tensors, begun=facts.step > 0)
         self._configure(facts.options, optimizer)
         self.step, self.total_steps = facts.step, facts.total_steps
 
@@ -324,7 +341,16 @@ class Trainer:
         return self.dataset.batch(chosen, self._generator(_DRAWS, step)).to(self.device)
 
     def _generator(self, purpose: int, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((2 * self.options.seed + purpose) * 2**32 + number)
+        """One of its own for every seed, purpose and number; PyTorch's reads the lowest 32 bits of a seed alone."""
+        mixed = np.random.SeedSequence((self.options.seed, purpose, number)).generate_state(1)
+        return torch.Generator().manual_seed(int(mixed[0]))
+
+    def _fingerprint(self) -> str:
+        """Of the first, the middle and the last sample, and of what is random about them."""
+        indices = torch.tensor([0, len(self.dataset) // 2, len(self.dataset) - 1])
+        batch = self.dataset.batch(indices, torch.Generator().manual_seed(0))
+        content = b"".join(part.cpu().long().numpy().tobytes() for part in batch)
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def _check_finite(self, loss: float, norm: float, rate: float) -> None:
         guessing = math.log(self.model.config.vocab_size)

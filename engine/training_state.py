@@ -20,6 +20,7 @@ from engine.errors import InputError
 
 _HEADER = "workbench_training"
 _CPU, _CUDA = "random.cpu", "random.cuda"
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class DamagedCheckpointError(InputError):
@@ -34,12 +35,18 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     tensors = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    return tensors | _random_states()
+    return tensors | _random_states(model)
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], begun: bool) -> None:
     """Put what `collect` returned back, into a model of the same shape; nothing is changed unless all of it fits.
+
+    Args:
+        model: whose weights they are.
+        optimizer: AdamW.
+        tensors: what `collect` returned.
+        begun: whether a step was taken, so that the optimizer has something to remember.
 
     Raises:
         InputError: the tensors are those of another model, or not all of them are there.
@@ -53,11 +60,13 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
                 "give one that was saved from this architecture."
             )
     states = {parameter: _part(tensors, f"optimizer.{name}.") for name, parameter in model.named_parameters()}
-    if len({frozenset(state) for state in states.values()}) > 1 or any(
-        value.shape not in ((), parameter.shape) for parameter, state in states.items() for value in state.values()
+    if any(set(state) != (_ADAMW if begun else set()) for state in states.values()) or any(
+        value.shape != (() if key == "step" else parameter.shape)
+        for parameter, state in states.items()
+        for key, value in state.items()
     ):
         raise DamagedCheckpointError
-    random = {name: state for name, state in _random_states().items() if name == _CPU or name in tensors}
+    random = {name: state for name, state in _random_states(model).items() if name == _CPU or name in tensors}
     if any(name not in tensors or tensors[name].shape != state.shape for name, state in random.items()):
         raise DamagedCheckpointError
 
@@ -70,7 +79,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         }
     torch.set_rng_state(tensors[_CPU])
     if _CUDA in random:
-        torch.cuda.set_rng_state(tensors[_CUDA])
+        torch.cuda.set_rng_state(tensors[_CUDA], _device(model))
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -107,11 +116,16 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(model: nn.Module) -> dict[str, Tensor]:
+    """The generators that draw for `model`: the CPU's, and that of the GPU where it is."""
     states = {_CPU: torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[_CUDA] = torch.cuda.get_rng_state()
+    if _device(model).type == "cuda":
+        states[_CUDA] = torch.cuda.get_rng_state(_device(model))
     return states
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

