@@ -9,8 +9,11 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AttentionWithLoRA": "engine.lora.attention",
     "Decoder": "engine.model",
     "KVCache": "engine.model",
+    "LoRALayer": "engine.lora.layer",
+    "LoRALinear": "engine.lora.linear",
     "ModelConfig": "engine.architecture",
     "MultiHeadAttention": "engine.attention",
     "Parts": "engine.model",
@@ -19,9 +22,13 @@ _HOMES = {
     "TokenBlocks": "engine.data",
     "Trainer": "engine.trainer",
     "TrainerOptions": "engine.trainer",
+    "create_attention_with_lora": "engine.lora.attention",
     "create_test_dataset": "engine.data",
     "create_test_transformer": "engine.model",
     "generate": "engine.generation",
+    "inject_lora": "engine.lora.injection",
+    "load_adapter": "engine.lora.adapter_files",
+    "save_adapter": "engine.lora.adapter_files",
 }
 
 __all__ = sorted(_HOMES)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.masks import causal as causal_mask
 from engine.masks import materialize
-from engine.rotary import RotaryEmbedding
+from engine.rotary import RotaryEmbedding, rotate
 
 
 class AttentionStages(NamedTuple):
@@ -248,12 +248,12 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, d), keys and values (B, G, S, d), rotated to their positions where there is `rotary`."""
-        q = self._split(_finite_linear(self.q_proj, query))  # (B, H, T, d)
-        k = self._split(_finite_linear(self.k_proj, key))  # (B, G, S, d)
-        v = self._split(_finite_linear(self.v_proj, value))  # (B, G, S, d)
+        q = self.split_heads(_finite_linear(self.q_proj, query))  # (B, H, T, d)
+        k = self.split_heads(_finite_linear(self.k_proj, key))  # (B, G, S, d)
+        v = self.split_heads(_finite_linear(self.v_proj, value))  # (B, G, S, d)
         if self.rotary is not None:
-            positions = torch.arange(k.shape[-2], device=k.device)
-            q, k = self.rotary(q, positions[-q.shape[-2] :]), self.rotary(k, positions)
+            table = self.rotary.table(torch.arange(k.shape[-2], device=k.device))
+            q, k = rotate(q, table[-q.shape[-2] :]), rotate(k, table)
         return q, k, v
 
     def stages(
@@ -282,8 +282,9 @@ class MultiHeadAttention(nn.Module):
         output, weights = attend(q, k, v, self._per_head(mask, q, k))  # (B, H, T, d), (B, H, T, S)
         return _finite_linear(self.o_proj, output.transpose(1, 2).flatten(2)), weights
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H·d) → (B, H, T, d)
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, H·d) → (B, H, T, d)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _per_head(self, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         if mask is None:

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from engine import catalogue, memory
 from engine.errors import DoesNotFitError, InputError
-from engine.local_models import local_path
+from engine.local_models import cache_folder, local_path
 
 HUB_SECONDS = 3.0
 """How long the Hub may take to answer before it counts as out of reach."""
@@ -110,13 +110,6 @@ def find(name: str, device: str, dtype: torch.dtype) -> Checkpoint:
     if name.startswith(("/", "./", "../", "~", "\\")):
         raise InputError(f"There is no folder and no .gguf file {name!r} on this machine: check the path.")
     return _from_hub(name, device, dtype)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `WORKBENCH_CACHE`, else transformer-workbench in the user's cache folder."""
-    if chosen := os.environ.get("WORKBENCH_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-workbench"
 
 
 def check_fits(name: str, num_parameters: int, device: str, dtype: torch.dtype) -> None:

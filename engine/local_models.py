@@ -1,9 +1,18 @@
-"""Models that lie on this machine, by path: where a name leads, and when what lies there changed. Needs no torch."""
+"""What lies on this machine, by path: models, when they changed, and what learners have uploaded. Needs no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+_UPLOADS = "uploads"
+_KEPT = 100  # uploads; the oldest go first
+_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 def local_path(name: str) -> Path:
@@ -19,3 +28,53 @@ def modified(name: str) -> int:
         return max((file.stat().st_mtime_ns for file in files), default=0)
     except (OSError, ValueError):  # a path with a zero byte is a ValueError
         return 0
+
+
+def cache_folder() -> Path:
+    """Where models and uploads are kept: `WORKBENCH_CACHE`, else transformer-workbench in the user's cache folder."""
+    if chosen := os.environ.get("WORKBENCH_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-workbench"
+
+
+def keep_upload(files: Mapping[str, bytes]) -> Path:
+    """Write uploaded files into a folder of their own, which is named by what they hold.
+
+    The workers must see the same cache folder as the web process. Only the latest hundred uploads are kept.
+
+    Args:
+        files: contents by name; the names are ours, never the uploader's.
+
+    Returns:
+        The folder; `uploaded` finds it again by its name.
+    """
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}:{len(content)}:".encode() + content)
+    uploads = cache_folder() / _UPLOADS
+    folder = uploads / digest.hexdigest()[:32]
+    if folder.is_dir():
+        os.utime(folder)
+        return folder
+    uploads.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=uploads))
+    for name, content in files.items():
+        (made / name).write_bytes(content)
+    try:
+        made.rename(folder)
+    except OSError:  # the same files have arrived from somebody else meanwhile
+        shutil.rmtree(made)
+    _forget_old(uploads)
+    return folder
+
+
+def uploaded(name: str) -> Path | None:
+    """The folder of an upload by its name; None if there is none, or none any more."""
+    folder = cache_folder() / _UPLOADS / name
+    return folder if _NAME.fullmatch(name) and folder.is_dir() else None
+
+
+def _forget_old(uploads: Path) -> None:
+    folders = sorted(uploads.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+    for folder in folders[_KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)

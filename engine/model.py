@@ -11,7 +11,7 @@ D model width, F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ from engine.architecture import ModelConfig
 from engine.attention import MultiHeadAttention, attend
 from engine.errors import InputError
 from engine.masks import causal, materialize
-from engine.rotary import RotaryEmbedding
+from engine.rotary import RotaryEmbedding, rotate
 
-__all__ = ["Decoder", "KVCache", "ModelConfig", "Parts", "create_test_transformer", "evaluating"]
+__all__ = ["Decoder", "KVCache", "ModelConfig", "Parts", "create_test_transformer", "evaluating", "together"]
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention: query (B, H, T, d), key and value (B, G, S, d) → (B, H, T, d); the queries are the last of S."""
@@ -47,6 +47,23 @@ def visible_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attend(query, key, value, materialize(causal, query.shape[-2], key.shape[-2], device=query.device))[0]
 
 
+def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of the same x, as if they were called one after the other.
+
+    Layers of one class may know a way that takes fewer kernels: the class then has a method `together` with these
+    arguments. Layers with hooks are called, so that whoever watches them sees what goes in and out.
+    """
+    kind = type(layers[0])
+    if hasattr(kind, "together") and all(type(layer) is kind and not _has_hooks(layer) for layer in layers):
+        return kind.together(layers, x)
+    return tuple(layer(x) for layer in layers)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    forward, backward = layer._forward_hooks, layer._backward_hooks
+    return bool(forward or backward or layer._forward_pre_hooks or layer._backward_pre_hooks)
+
+
 class SwiGLU(nn.Module):
     """(silu(x·W_gate) ⊙ x·W_up)·W_down.
 
@@ -65,7 +82,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) → (…, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (…, F) inside
+        gate, up = together((self.gate_proj, self.up_proj), x)  # (…, F) each
+        return self.down_proj(F.silu(gate) * up)
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,10 @@ class LayerCache:
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, G, T, d) each; returns all there are now, (B, G, S, d) each."""
-        start, self.length = self.length, self.length + key.shape[-2]
+        start, end = self.length, self.length + key.shape[-2]
+        if end > self._keys.shape[-2]:
+            raise InputError(f"The cache holds {self._keys.shape[-2]} tokens, {end} are given: make it larger.")
+        self.length = end
         self._keys[:, :, start : self.length] = key
         self._values[:, :, start : self.length] = value
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
@@ -141,22 +162,24 @@ class Block(nn.Module):
         self.self_attn = MultiHeadAttention(
             config.d_model, config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim
         )
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.attention = parts.attention
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = parts.feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, d), keys and values (B, G, T, d) of x (B, T, D), whose first token has position `start`."""
-        normed = self.input_layernorm(x)
-        query, key, value = self.self_attn.project(normed, normed, normed)
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        return self.rotary(query, positions), self.rotary(key, positions), value
+    def project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, G, T, d) of x (B, T, D), rotated by `table` (T, 2, d/2).
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) → (B, T, D); with a cache, x continues what is in it."""
-        query, key, value = self.project(x, 0 if cache is None else cache.length)
+        Nothing is saturated here, unlike in `MultiHeadAttention.project`: the norm bounds what is projected.
+        """
+        attention = self.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = map(attention.split_heads, together(projections, self.input_layernorm(x)))
+        return rotate(query, table), rotate(key, table), value
+
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) → (B, T, D) at the positions of `table`; with a cache, x continues what is in it."""
+        query, key, value = self.project(x, table)
         if cache is not None:
             key, value = cache.extend(key, value)  # (B, G, S, d)
         heads = self.attention(query, key, value)  # (B, H, T, d)
@@ -183,6 +206,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.layers = nn.ModuleList(Block(config, parts) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -206,14 +230,16 @@ class Decoder(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head receives, (B, T, D). Arguments as in `forward`."""
         ids = ids.to(self.embed_tokens.weight.device)
-        _check_length(ids.shape[1] + (0 if cache is None else cache.length), self.config)
+        start = 0 if cache is None else cache.length
+        _check_length(start + ids.shape[1], self.config)
         x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
+        table = self.rotary.table(torch.arange(start, start + ids.shape[1], device=ids.device))  # (T, 2, d/2)
         recomputed = self.gradient_checkpointing and self.training and cache is None
         for index, block in enumerate(self.layers):
             if recomputed:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, table, use_reentrant=False)
             else:
-                x = block(x, None if cache is None else cache.layers[index])
+                x = block(x, table, None if cache is None else cache.layers[index])
         return self.norm(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -237,9 +263,10 @@ class Decoder(nn.Module):
         with evaluating(self):
             x = self.embed_tokens(ids.to(self.embed_tokens.weight.device))
             mask = materialize(causal, x.shape[1], device=x.device)
+            table = self.rotary.table(torch.arange(x.shape[1], device=x.device))  # (T, 2, d/2)
             for block in self.layers:
-                maps.append(attend(*block.project(x), mask)[1])
-                x = block(x)
+                maps.append(attend(*block.project(x, table), mask)[1])
+                x = block(x, table)
         return torch.stack(maps)
 
 

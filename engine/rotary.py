@@ -1,9 +1,11 @@
 """Rotary position embedding: turn each pair of features by an angle that grows with the position.
 
-Legend: T positions, d head width.
+Legend: T positions, d head width; a plane is a pair of features.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +37,48 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"head_dim ({head_dim}) must be even: rotary embedding turns pairs of features")
         self.head_dim, self.theta = head_dim, theta
 
+    def table(self, positions: Tensor) -> Tensor:
+        """cos and sin of m·θ_i at `positions` (T,): (T, 2, d/2), float32, where the positions are.
+
+        One table serves all queries and keys at these positions, in every layer (`rotate`).
+        """
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = positions.float()[:, None] * self.theta**-exponents  # (T, d/2)
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` (..., T, d) to `positions` (T,); the shape and dtype stay."""
-        exponents = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
-        angles = positions.to(x.device).float()[:, None] * self.theta**-exponents  # (T, d/2)
-        cos, sin = angles.cos(), angles.sin()
-        first, second = x.float().chunk(2, dim=-1)  # (..., T, d/2) each
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return rotate(x, self.table(positions.to(x.device)))
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"{self.head_dim}, theta={self.theta:g}"
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate `x` (..., T, d) by the angles of a `RotaryEmbedding.table` (T, 2, d/2); the shape and dtype stay.
+
+    Computes in float32 at least. The inverse of a rotation is its transpose, so that the gradient is rotated back by
+    the same table, and nothing else is saved for it.
+    """
+    return _Rotation.apply(x, table)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(x, table, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _turn(gradient, *ctx.saved_tensors, -1), None
+
+
+def _turn(x: Tensor, table: Tensor, direction: int) -> Tensor:
+    cos, sin = table[:, :1], table[:, 1]  # (T, 1, d/2), (T, d/2)
+    planes = x.unflatten(-1, (2, -1))  # (..., T, 2, d/2)
+    turned = planes * cos
+    turned[..., 0, :].addcmul_(planes[..., 1, :], sin, value=-direction)
+    turned[..., 1, :].addcmul_(planes[..., 0, :], sin, value=direction)
+    return turned.flatten(-2).to(x.dtype)

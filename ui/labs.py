@@ -71,4 +71,18 @@ TRAINING = Lab(
     ),
 )
 
-LABS = (ATTENTION, TRAINING)
+LORA = Lab(
+    url_path="lora",
+    title="LoRA",
+    question="How small can an update be and still teach the model something?",
+    icon=":material/compress:",
+    script="app_pages/lora.py",
+    starts=(
+        Start("See how thin rank 8 is"),
+        Start("Teach a model an invented world", {"view": "Fine-tune"}),
+        Start("See what each rank buys", {"view": "Sweep"}),
+        Start("Weigh an update of a 70 B model", {"shape": "Llama 3 70B"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING, LORA)

@@ -20,6 +20,8 @@ from ui.labs import Lab
 
 Settings = TypeVar("Settings")
 
+NOTHING_TO_SHOW = "Nothing to show for these settings: the note beside the controls says what to change."
+
 EXPLORE, PREDICT, CODE, TESTS = "Explore", "Predict", "Code", "Tests"
 
 
@@ -55,7 +57,7 @@ def lab(
             settings = controls()
         with right:
             if settings is None and name != CODE:
-                st.caption("Nothing to show for these settings: the note beside the controls says what to change.")
+                st.caption(NOTHING_TO_SHOW)
             else:
                 contents[name](settings)
 

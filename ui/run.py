@@ -304,7 +304,8 @@ def _seen(slot: _Slot) -> str:
 
 def _show_progress(slot: _Slot, key: str, status: tuple[float, str], seen: str) -> None:
     bar, cancel = st.columns([5, 1], vertical_alignment="center")
-    share, words = (status[0], "Stopping…") if slot.stopping else status
+    stopping = "Stopping after this step…" if slot.params.returns_partial else "Stopping…"
+    share, words = (status[0], stopping) if slot.stopping else status
     bar.progress(share, text=f"{words} · {seen}" if seen else words)
     cancel.button(
         "Cancel",

@@ -42,14 +42,18 @@ class ExperimentParams(BaseModel):
     Class attributes say how a run is treated:
         lane: ``"short"`` for what a slider waits for, ``"long"`` for training, sweeps and benchmarks.
         time_limit: seconds after which a run is stopped.
+        stop_grace: seconds that a run may take to stop by itself, the step that it is in included, before its worker is
+            restarted and what it has is lost.
         cacheable: whether equal parameters give an equal result (False for anything that is timed).
-        returns_partial: whether a cancelled run returns what it has so far (a training does), which then is its result.
+        returns_partial: whether a run that is stopped, for whatever reason, returns what it has so far (a training
+            does), which then is its result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     lane: ClassVar[Lane] = "short"
     time_limit: ClassVar[float] = 30.0
+    stop_grace: ClassVar[float] = 5.0
     cacheable: ClassVar[bool] = True
     returns_partial: ClassVar[bool] = False
 
@@ -103,6 +107,14 @@ def parse(name: str, values: dict[str, Any]) -> ExperimentParams:
         return model(**{field: _split(model, field, value) for field, value in values.items()})
     except ValidationError as error:
         raise InputError(sentence(error)) from error
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest unit that it holds a whole number of, e.g. ``"1 h"``, ``"90 s"``."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
 
 
 def _split(model: type[ExperimentParams], field: str, value: Any) -> Any:

@@ -26,6 +26,8 @@ class Recorded:
         step, loss: (S,), as in `engine.experiments.training.Result`.
         checked, held_out_loss, induction, previous_token: (M,), likewise.
         tokens_per_step: B·T.
+        block_size: T.
+        probe: on what the heads were scored, in words.
         characters_per_token: of the held-out stories, which makes its losses comparable with those on other tokens.
         device: where it ran.
         date: when, as 2026-01-31; empty if that was not written down.
@@ -38,6 +40,8 @@ class Recorded:
     induction: np.ndarray
     previous_token: np.ndarray
     tokens_per_step: int
+    block_size: int
+    probe: str
     characters_per_token: float
     device: str
     date: str
@@ -57,7 +61,8 @@ def recorded_run() -> Recorded | None:
     except FileNotFoundError:
         return None
     recipe, checkups = log["recipe"], log["checkups"]
-    options = recipe["options"]
+    options, longest = recipe["options"], recipe["probe_period"]
+    averaged = "copied" in checkups[0]  # earlier runs wrote no such share and scored on the longest period alone
     return Recorded(
         step=np.arange(1, len(log["steps"]) + 1),
         loss=np.array([loss for loss, *_ in log["steps"]]),
@@ -66,6 +71,8 @@ def recorded_run() -> Recorded | None:
         induction=np.array([checkup["induction"]["score"] for checkup in checkups]),
         previous_token=np.array([checkup["previous_token"]["score"] for checkup in checkups]),
         tokens_per_step=options["batch_size"] * options["accumulate"] * recipe["block_size"],
+        block_size=recipe["block_size"],
+        probe=f"random tokens of {f'three periods, up to {longest}' if averaged else f'one period, {longest}'}",
         characters_per_token=sum(len(story.strip()) for story in stories) / log["tokens"]["held out"],
         device=log["device"],
         date=log.get("date", ""),

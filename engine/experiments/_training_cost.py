@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.architecture import ModelConfig
-    from engine.data import TokenBlocks
-    from engine.pretraining.mixture import RepetitionMixture
-    from engine.pretraining.recipe import Recipe
+    from engine.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Cost:
     Args:
         parameters: of the model.
         flops: of all steps together.
-        memory_bytes: at the peak.
+        memory_bytes: at the peak; 0 if it has not been weighed.
     """
 
     parameters: int
@@ -27,18 +25,29 @@ class Cost:
     memory_bytes: int
 
 
-def weigh(recipe: Recipe, dataset: RepetitionMixture, held_out: TokenBlocks, device: str) -> int:
-    """Bytes that a model, its gradients, AdamW's means and two steps allocate at their peak."""
+def weigh(trainer: Trainer) -> int:
+    """Take what `trainer` takes before it pauses, which is to be one step, and weigh it.
+
+    Before a step there are the weights and, from the second on, AdamW's two means of each; on top of these come what
+    the step allocates: activations, gradients and, in the first, the means. What `on_step` does is not weighed.
+
+    Returns:
+        Bytes at the peak of the step; 0 if it was not taken.
+    """
     from engine.measure import peak_memory
-    from engine.model import Decoder
-    from engine.trainer import Trainer
 
-    calm = recipe.options.model_copy(update={"learning_rate": 1e-6})  # it is not to diverge
-
-    def rehearse() -> None:
-        Trainer(Decoder(recipe.model).to(device), dataset, calm, held_out=held_out).train_steps(2)
-
-    return peak_memory(rehearse, device)
+    on_step, reports = trainer.on_step, []
+    weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    held = weights * (3 if trainer.step else 1)
+    trainer.model.zero_grad()
+    trainer.on_step = reports.append
+    try:
+        peak = peak_memory(trainer.resume, str(trainer.device))
+    finally:
+        trainer.on_step = on_step
+    for report in reports:
+        on_step(report)
+    return held + peak if reports else 0
 
 
 def count_flops(config: ModelConfig, block_size: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from engine.architecture import ModelConfig
-from engine.experiments import ExperimentParams, _training_text
+from engine.experiments import ExperimentParams, _training_text, duration
 from engine.experiments._training_cost import Cost, count_flops, weigh
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _PROBE_PERIOD = BLOCK_SIZE // 2
 _MIN_PERIOD = 12
 """With shorter ones, looking a fixed way back is right too often for an induction head to be worth having."""
 
-Ending = Literal["running", "finished", "cancelled", "diverged"]
+Ending = Literal["running", "finished", "cancelled", "timed out", "diverged"]
 
 
 class Params(ExperimentParams):
@@ -49,6 +49,7 @@ class Params(ExperimentParams):
 
     lane: ClassVar = "long"
     time_limit: ClassVar[float] = 3600.0
+    stop_grace: ClassVar[float] = 120.0  # the largest step of the largest model, then a checkup and a sample
     cacheable: ClassVar[bool] = False
     returns_partial: ClassVar[bool] = True
 
@@ -101,16 +102,23 @@ class Params(ExperimentParams):
         )
 
     def memory_bytes(self) -> int:
-        """What a run allocates at its peak.
+        """What a run allocates at its peak, which is either where the backward pass begins or where the step ends.
 
-            16 P + 4·B·T·(L·(10 D + 4 F) + 3 V)
+            max(12 P + 4·B·T·(L·(10 D + 4 F + H + 2) + 3 D + 3 V + 3), 16 P + 12 max(D·F, V·D))
 
-        P parameters are held four times: weight, gradient and AdamW's two means; of the activations, those that the
-        backward pass needs and three of the size of the logits.
+        P parameters are held three times, with AdamW's two means, and once more as gradients when the backward pass is
+        through. Until it begins there are the activations that it needs, in numbers a token: of a layer what goes into
+        its products, norms and attention, with H sums of the softmax; of the ends the embedding, the last norm and its
+        input, and logits, their log-softmax and its gradient. AdamW's own update takes three times the largest matrix.
         """
         config = self.architecture
-        activations = config.num_layers * (10 * config.d_model + 4 * config.ffn_dim) + 3 * config.vocab_size
-        return 16 * config.num_parameters + 4 * self.batch_size * BLOCK_SIZE * activations
+        layer = 10 * config.d_model + 4 * config.ffn_dim + config.num_heads + 2
+        activations = config.num_layers * layer + 3 * config.d_model + 3 * config.vocab_size + 3
+        largest = max(config.d_model * config.ffn_dim, config.vocab_size * config.d_model)
+        return max(
+            12 * config.num_parameters + 4 * self.batch_size * BLOCK_SIZE * activations,
+            16 * config.num_parameters + 12 * largest,
+        )
 
     def predict(self) -> Cost:
         """What the run will cost, before anything runs."""
@@ -142,8 +150,8 @@ class Result:
         steps: of the whole run, whether they were taken or not.
         ended: why it ended, or that it has not.
         ending: the same as a sentence.
-        predicted, measured: what the steps that were taken cost; `measured` counts with PyTorch's FLOP counter and
-            weighs with `engine.measure.peak_memory`.
+        predicted, measured: what the steps that were taken cost; `measured` counts a sample's arithmetic with PyTorch's
+            FLOP counter and weighs the second step, or the only one, with `engine.measure.peak_memory`.
         seconds: of training, checkups included.
         tokens_per_step: B·T.
         training_tokens, held_out_tokens: of the text.
@@ -181,7 +189,7 @@ class Result:
 
 
 def run(params: Params, job: Job) -> Result:
-    """Train until the last step, a cancellation or a divergence; whatever was learned by then is returned.
+    """Train until the last step, a divergence, or until it is stopped; whatever was learned by then is returned.
 
     What has been learned so far is shown on the way.
 
@@ -207,7 +215,7 @@ def run(params: Params, job: Job) -> Result:
     )
     held_out = TokenBlocks(corpus.tested.unfold(0, BLOCK_SIZE + 1, BLOCK_SIZE).to(job.device))
     recipe = _recipe(params, samples=len(dataset))
-    memory_bytes, flops = weigh(recipe, dataset, held_out, job.device), count_flops(recipe.model, BLOCK_SIZE)
+    flops, memory_bytes = count_flops(recipe.model, BLOCK_SIZE), 0
     where, software = device_name(job.device), versions()
     torch.manual_seed(params.seed)
     model = Decoder(recipe.model).to(job.device)
@@ -244,13 +252,15 @@ def run(params: Params, job: Job) -> Result:
         diary.follow(report)
         show()
 
+    weighed = min(2, params.steps)  # only from the second on does a step find AdamW's means there
+    pause = weighed - 1
     trainer = Trainer(
         model,
         dataset,
         recipe.options,
         held_out=held_out,
         on_step=follow,
-        cancelled=lambda: job.cancelled,
+        cancelled=lambda: job.cancelled or trainer.step >= pause,
     )
     began = time.monotonic()
     diary.examine(0)
@@ -259,9 +269,15 @@ def run(params: Params, job: Job) -> Result:
     ended, ending = "finished", f"All {params.steps} steps were taken."
     try:
         trainer.train_steps(params.steps)
+        pause = weighed
+        memory_bytes = weigh(trainer)
+        pause = params.steps
+        trainer.resume()
         if trainer.step < params.steps:
-            ended = "cancelled"
-            ending = f"Cancelled after step {trainer.step} of {params.steps}: what was learned until then is shown."
+            ended, stopped = "cancelled", "Cancelled"
+            if job.timed_out:
+                ended, stopped = "timed out", f"Stopped at its limit of {duration(params.time_limit)},"
+            ending = f"{stopped} after step {trainer.step} of {params.steps}: what was learned until then is shown."
     except DivergedError as error:
         ended, ending = "diverged", f"{error} What was learned until then is shown."
     diary.examine(trainer.step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.errors import JobCancelledError
 from engine.experiments import training
 from engine.experiments.attention_tests import Check
 
@@ -27,8 +28,11 @@ _HEART_STEPS = 100
 class Params(training.Params):
     """The settings of the page; text and number of steps play no part."""
 
+    lane = "short"
     cacheable = True
-    time_limit = 120.0
+    returns_partial = False
+    time_limit = 60.0
+    stop_grace = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ class Result:
 
 
 def run(params: Params, job: Job) -> Result:
-    """Check a fresh model of the chosen shape, and a few of its steps."""
+    """Check a fresh model of the chosen shape, and a few of its steps.
+
+    Raises:
+        JobCancelledError: nobody waits for it any more.
+    """
     import torch
 
     from engine.data import TokenBlocks
@@ -49,7 +57,7 @@ def run(params: Params, job: Job) -> Result:
     ids = torch.randint(training.VOCAB_SIZE, (8, _LENGTH + 1), generator=generator).to(job.device)
     blocks = TokenBlocks(ids)
     model = _fresh(params, job.device)
-    job.report(1, 4)
+    _go_on(job, 1)
     checks = [
         _check(
             "The parameters are those predicted",
@@ -70,7 +78,7 @@ def run(params: Params, job: Job) -> Result:
             1e-5,
         ),
     ]
-    job.report(2, 4)
+    _go_on(job, 2)
     options = TrainerOptions(learning_rate=4e-3, batch_size=4, seed=params.seed)
     checks.append(
         _check(
@@ -80,17 +88,23 @@ def run(params: Params, job: Job) -> Result:
             0.0,
         )
     )
-    job.report(3, 4)
+    _go_on(job, 3)
     checks.append(
         _check(
             "Four samples are learned by heart",
             f"loss after {_HEART_STEPS} steps on the same four, of random tokens, against half of ln V",
-            _by_heart(model, TokenBlocks(ids[:4]), options),
+            _by_heart(model, TokenBlocks(ids[:4]), options, job),
             math.log(training.VOCAB_SIZE) / 2,
         )
     )
-    job.report(4, 4)
+    _go_on(job, 4)
     return Result(checks)
+
+
+def _go_on(job: Job, done: int) -> None:
+    if job.cancelled:
+        raise JobCancelledError("The checks were cancelled.")
+    job.report(done, 4)
 
 
 def _fresh(params: Params, device: str) -> Decoder:
@@ -133,10 +147,11 @@ def _resumed_apart(params: Params, blocks: TokenBlocks, options: TrainerOptions,
     return max(abs(one - other) for one, other in zip(straight, both, strict=True))
 
 
-def _by_heart(model: Decoder, blocks: TokenBlocks, options: TrainerOptions) -> float:
+def _by_heart(model: Decoder, blocks: TokenBlocks, options: TrainerOptions, job: Job) -> float:
     from engine.trainer import Trainer, evaluate
 
-    Trainer(model, blocks, options, held_out=blocks).train_steps(_HEART_STEPS)
+    trainer = Trainer(model, blocks, options, held_out=blocks, cancelled=lambda: job.cancelled)
+    trainer.train_steps(_HEART_STEPS)
     return evaluate(model, blocks)
 
 

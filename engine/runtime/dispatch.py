@@ -48,7 +48,6 @@ class Dispatcher:
 
     Args:
         client: an asynchronous client.
-        stop_grace: seconds that a job may take to stop by itself before its worker is killed.
         on_begin: called when some work has begun on a worker.
         on_time_limit: called when some work has run for longer than it may.
     """
@@ -56,12 +55,10 @@ class Dispatcher:
     def __init__(
         self,
         client: Client,
-        stop_grace: float,
         on_begin: Callable[[Work], None],
         on_time_limit: Callable[[Work], None],
     ) -> None:
         self._client = client
-        self._stop_grace = stop_grace
         self._on_begin = on_begin
         self._on_time_limit = on_time_limit
         self._runs: dict[str, _Run] = {}
@@ -113,9 +110,9 @@ class Dispatcher:
 
     @staticmethod
     def _partial(work: Work, outcome: Outcome | None) -> Outcome | None:
-        """What a cancelled run had so far, if it is of the kind that returns it and did so in time."""
-        wanted = work.params.returns_partial and isinstance(work.stop_reason, JobCancelledError)
-        return outcome if wanted and outcome is not None and outcome.error is None else None
+        """What a stopped run had so far, if it is of the kind that returns it and did so in time."""
+        returned = outcome is not None and outcome.error is None
+        return outcome if returned and work.params.returns_partial else None
 
     @staticmethod
     async def _first(answer: asyncio.Task[Outcome | None], event: asyncio.Event) -> None:
@@ -141,9 +138,10 @@ class Dispatcher:
     async def _halt(self, run: _Run, future: Future, answer: asyncio.Task[Outcome | None]) -> None:
         """Ask the job to stop; once force may be used, kill its worker if it does not within the grace."""
         if run.worker is not None:
-            self._request(tasks.stop, run.id, worker=run.worker)
+            timed_out = not isinstance(run.work.stop_reason, JobCancelledError)
+            self._request(tasks.stop, run.id, timed_out, worker=run.worker)
             await self._first(answer, run.work.forced)
-            await asyncio.wait({answer}, timeout=self._stop_grace)
+            await asyncio.wait({answer}, timeout=run.work.params.stop_grace)
         if not answer.done():
             await self._client.cancel([future], force=True)
             await self._kill(run.worker)

@@ -31,7 +31,11 @@ class Job(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """True once somebody asked the job to stop; look between steps and return or raise."""
+        """True once the job is to stop; look between steps and return or raise."""
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it is to stop because of its time limit; False if somebody asked for it."""
 
     def report(self, step: int, total: int, **numbers: float) -> None:
         """Tell whoever waits that `step` of `total` steps are done, with numbers to show."""
@@ -64,7 +68,7 @@ class LocalJob:
         on_show: Callable[[Any], None] | None = None,
     ) -> None:
         self.device = device
-        self.cancelled = False
+        self.cancelled = self.timed_out = False
         self._on_progress = on_progress
         self._on_show = on_show
 

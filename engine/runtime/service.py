@@ -44,13 +44,11 @@ class Runtime:
     Start it with `Runtime.start`, one in a process; all methods are safe to call from any thread.
 
     Args:
-        stop_grace: seconds that a job may take to stop by itself before its worker is restarted, if force is used.
         owner_grace: seconds after `release` until an owner's jobs are dropped.
         cache_bytes: what finished results may weigh together.
     """
 
-    def __init__(self, stop_grace: float = 5.0, owner_grace: float = 15.0, cache_bytes: int = 256 * 2**20) -> None:
-        self._stop_grace = stop_grace
+    def __init__(self, owner_grace: float = 15.0, cache_bytes: int = 256 * 2**20) -> None:
         self._owner_grace = owner_grace
         self._lock = threading.RLock()  # guards everything below, and every Work
         self._lanes = {name: Lane(name, slots=1) for name in LANES}
@@ -78,7 +76,6 @@ class Runtime:
         warm_up: Sequence[str] = (),
         threads: int | None = None,
         memory_limit: int | None = None,
-        stop_grace: float = 5.0,
         owner_grace: float = 15.0,
         cache_bytes: int = 256 * 2**20,
     ) -> Runtime:
@@ -94,14 +91,13 @@ class Runtime:
             warm_up: modules that the workers of an own cluster import when they start.
             threads: processor threads that each of them computes with; by default its device's share of the cores.
             memory_limit: host memory of each of them in bytes; by default an equal share of nine tenths of it.
-            stop_grace: see the class.
             owner_grace: see the class.
             cache_bytes: see the class.
 
         Raises:
             WorkbenchError: the scheduler cannot be reached, or the cluster cannot be started.
         """
-        runtime = cls(stop_grace, owner_grace, cache_bytes)
+        runtime = cls(owner_grace, cache_bytes)
         runtime._thread.start()
         atexit.register(runtime.close)
         scheduler = scheduler or os.environ.get(SCHEDULER_VARIABLE) or None
@@ -234,7 +230,7 @@ class Runtime:
             self._loop.call_soon_threadsafe(work.forced.set)
 
     def _finish(self, work: Work, outcome: Outcome) -> None:
-        if outcome.error is None and work.key is not None:
+        if outcome.error is None and work.stop_reason is None and work.key is not None:
             self._cache.put(work.key, freeze(outcome.result), outcome.nbytes)
         self._unshare(work)
         for ticket in work.tickets:
@@ -287,7 +283,7 @@ class Runtime:
 
     def _on_time_limit(self, work: Work) -> None:
         with self._lock:
-            limit = f"{work.params.time_limit:g} s"
+            limit = experiments.duration(work.params.time_limit)
             self._stop(work, JobFailedError(f"The job took longer than its limit of {limit}: choose smaller settings."))
 
     async def _drop_later(self, owner: str) -> None:
@@ -312,7 +308,7 @@ class Runtime:
             scheduler, asynchronous=True, set_as_default=False, name="workbench", timeout=CONNECT_TIMEOUT
         )
         await self._client
-        self._dispatcher = Dispatcher(self._client, self._stop_grace, self._on_begin, self._on_time_limit)
+        self._dispatcher = Dispatcher(self._client, self._on_begin, self._on_time_limit)
 
     async def _take_care(self) -> None:
         """Replace nannies and schedulers that died; on an existing cluster, follow how many workers there are."""

@@ -71,7 +71,7 @@ class WorkerJob:
 
     def __init__(self, device: str, send: Send, later: Callable[[float, Callable[[], None]], None]) -> None:
         self.device = device
-        self.cancelled = False
+        self.cancelled = self.timed_out = False
         self.shown: bytes | None = None
         self._next_show = 0.0  # on the monotonic clock
         self._send = send
@@ -169,10 +169,11 @@ def attempt(name: str, values: dict[str, Any], job: WorkerJob) -> Outcome:
     return Outcome(error=JobFailedError(f"{sentence.rstrip('.')}."), trace=trace, healthy=healthy)
 
 
-def stop(run: str) -> None:
+def stop(run: str, timed_out: bool = False) -> None:
     """Ask a job of this worker to stop; runs in the worker's event loop, beside the job's thread."""
     job = _jobs.get(run)
     if job is not None:
+        job.timed_out = timed_out  # first: the job looks at it once it is cancelled
         job.cancelled = True
 
 

@@ -54,7 +54,7 @@ def labs():
 def runtime(labs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        runtime = Runtime.start(threads=1, memory_limit=600 * 10**6, stop_grace=0.5, owner_grace=0.5)
+        runtime = Runtime.start(threads=1, memory_limit=600 * 10**6, owner_grace=0.5)
     yield runtime
     runtime.close()
 
@@ -302,12 +302,32 @@ class TestRuns:
         assert ticket.progress == Progress(20, 20, {"square": 400.0})
         assert 1.0 <= ticket.seconds < 3.0
 
-    def test_a_cancelled_run_that_returns_what_it_has_is_done_with_that(self, runtime):
-        ticket = submit(runtime, "learning")
+    @pytest.mark.parametrize("farewell", [0.0, 1.5])
+    def test_a_cancelled_run_that_returns_what_it_has_is_done_with_that(self, runtime, farewell):
+        """Even if it takes longer to stop than other experiments may."""
+        assert farewell == 0 or experiments.get("stubborn").Params.stop_grace < farewell
+        ticket = submit(runtime, "learning", farewell=farewell)
         until(lambda: ticket.progress is not None and ticket.progress.step >= 3)
         ticket.cancel()
-        assert 3 <= finished(ticket).result().steps < 400
+        found = finished(ticket).result()
+        assert 3 <= found.steps < 400
+        assert not found.timed_out
         assert ticket.state == "done"
+
+    def test_a_run_over_its_time_that_returns_what_it_has_is_done_with_that_and_knows_why(self, runtime):
+        found = finished(submit(runtime, "learning", farewell=0.1)).result()
+        assert 3 <= found.steps < 400
+        assert found.timed_out
+
+    def test_what_a_stopped_run_had_is_nobody_else_s_result(self, runtime):
+        stopped = submit(runtime, "learning", farewell=0.2)
+        until(lambda: stopped.progress is not None)
+        stopped.cancel()
+        finished(stopped)
+        again = submit(runtime, "learning", farewell=0.2)
+        assert again.state != "done"
+        again.cancel()
+        finished(again)
 
     def test_twenty_at_once_are_served_in_order(self, runtime, tmp_path):
         log = tmp_path / "log"

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import experiments, llama
 from engine.data import TokenBlocks
-from engine.errors import InputError
+from engine.errors import InputError, JobCancelledError
 from engine.experiments import _training, _training_text, training, training_tests
+from engine.model import Decoder
+from engine.pretraining.mixture import RepetitionMixture
 from engine.pretraining.run import PROMPT, tell
 from engine.runtime.jobs import LocalJob
-from engine.trainer import evaluate
+from engine.trainer import Trainer, TrainerOptions, evaluate
 
 TINY = {"num_layers": 1, "d_model": 32, "num_heads": 2, "batch_size": 2, "steps": 6}
 GUESSING = math.log(training.VOCAB_SIZE)
@@ -61,15 +63,57 @@ def test_what_was_predicted_is_near_what_was_measured(result):
     predicted, measured = result.predicted, result.measured
     assert predicted.parameters == measured.parameters
     assert measured.flops == pytest.approx(predicted.flops, rel=0.1)
-    assert measured.memory_bytes == pytest.approx(predicted.memory_bytes, rel=0.3)
+    assert 0.95 <= predicted.memory_bytes / measured.memory_bytes <= 1.1
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_layers": 2, "d_model": 128, "num_heads": 4, "batch_size": 8}, {"num_layers": 6, "d_model": 64}]
+    "values",
+    [
+        {"d_model": 256, "num_layers": 1},  # weights outweigh activations
+        {"d_model": 128, "num_layers": 2, "num_heads": 4, "batch_size": 8},
+        {"d_model": 64, "num_layers": 6},
+        {"d_model": 64, "num_heads": 16, "batch_size": 64},
+        {"d_model": 32, "num_heads": 1, "num_layers": 8, "batch_size": 32},
+        {"d_model": 224, "num_heads": 7, "num_layers": 3, "batch_size": 16},
+    ],
 )
 def test_memory_is_predicted_for_other_shapes(values):
-    found = train(**values, steps=1)
-    assert found.measured.memory_bytes == pytest.approx(found.predicted.memory_bytes, rel=0.3)
+    """Never much too low: the runtime refuses what does not fit."""
+    found = train(**values, steps=2)
+    assert 0.95 <= found.predicted.memory_bytes / found.measured.memory_bytes <= 1.1
+
+
+def test_weighing_a_step_leaves_the_run_as_it_is():
+    straight, found = _straight(random_share=0.6), train(random_share=0.6)
+    np.testing.assert_array_equal(found.loss, straight.train_steps(TINY["steps"]))
+    assert found.measured.memory_bytes > 0
+    assert train(steps=1).measured.memory_bytes > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_random_samples_is_the_one_asked_for(share):
+    other = _straight(random_share=abs(share - 0.5))
+    found = train(random_share=share)
+    np.testing.assert_array_equal(found.loss, _straight(random_share=share).train_steps(TINY["steps"]))
+    assert (found.loss[1:] != other.train_steps(TINY["steps"])[1:]).any()
+
+
+def _straight(random_share):
+    """The trainer of the same run, put together here."""
+    params = training.Params(**TINY)
+    corpus = _training_text.read("", training.VOCAB_SIZE, training.BLOCK_SIZE)
+    mixture = RepetitionMixture(
+        corpus.learned,
+        training.VOCAB_SIZE,
+        training.BLOCK_SIZE,
+        random_share=random_share,
+        passage_share=0.0,
+        min_period=12,
+    )
+    options = TrainerOptions(learning_rate=params.learning_rate, batch_size=params.batch_size, beta2=0.99)
+    torch.manual_seed(params.seed)
+    blocks = TokenBlocks(corpus.tested[: training.BLOCK_SIZE + 1][None])
+    return Trainer(Decoder(params.architecture), mixture, options, held_out=blocks)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -155,6 +199,34 @@ def test_a_cancelled_run_returns_what_it_learned():
     assert found.samples[-1].step == 3
 
 
+def test_a_training_has_time_to_end_its_step():
+    """The largest step of the largest model takes tens of seconds on two cores; a checkup and a sample follow it."""
+    assert 60 <= training.Params.stop_grace <= 120
+
+
+def test_a_run_at_its_time_limit_returns_what_it_learned_and_says_so():
+    job = LocalJob()
+
+    def look(progress):
+        job.cancelled = job.timed_out = progress.step == 3
+
+    job._on_progress = look
+    found = train(job)
+    assert found.ended == "timed out"
+    assert found.ending.startswith("Stopped at its limit of 1 h, after step 3 of 6")
+    assert found.archive
+    assert found.step.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(2, 1), (1, 0)])
+def test_a_run_cancelled_before_the_step_that_is_weighed_has_no_memory_figure(steps, taken):
+    job = LocalJob()
+    job._on_show = lambda partial: setattr(job, "cancelled", len(partial.step) == taken)
+    found = train(job, steps=steps)
+    assert len(found.step) == taken
+    assert found.measured.memory_bytes == 0
+
+
 def test_a_run_cancelled_before_its_first_step_is_the_fresh_model():
     job = LocalJob()
     job.cancelled = True
@@ -229,6 +301,15 @@ def test_its_properties_hold(seed):
     found = training_tests.run(training_tests.Params(**{**TINY, "seed": seed}), LocalJob())
     assert len(found.checks) == 5
     assert all(check.passed for check in found.checks), found.checks
+
+
+def test_the_checks_are_no_long_job_and_can_be_cancelled():
+    assert training_tests.Params.lane == "short"
+    assert training_tests.Params.time_limit <= 60
+    job = LocalJob()
+    job._on_progress = lambda progress: setattr(job, "cancelled", progress.step == 3)
+    with pytest.raises(JobCancelledError):
+        training_tests.run(training_tests.Params(**TINY), job)
 
 
 def test_a_property_that_does_not_hold_is_seen(monkeypatch):

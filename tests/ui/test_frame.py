@@ -293,6 +293,15 @@ class TestWatching:
         assert warnings(page) == ["Cancelled. What you see is what it had until then."]
         assert captions(page) == ["1 for 7"]
 
+    @pytest.mark.parametrize(("keeps", "said"), [(True, "Stopping after this step…"), (False, "Stopping…")])
+    def test_while_it_stops_the_page_says_so(self, page, orders, monkeypatch, keeps, said):
+        monkeypatch.setattr(engine.experiments.get("growing").Params, "returns_partial", keeps)
+        orders("grow")
+        run_until(page, lambda app: "1 for 7" in captions(app))
+        page.button(key="_cancel_watched").click().run()
+        assert page.progress[0].text == said
+        assert page.button(key="_cancel_watched").disabled
+
     def test_the_previous_result_stays_until_something_is_shown(self, page, orders):
         orders("grow")
         orders("return")

@@ -98,7 +98,18 @@ def test_a_note_says_where_the_rest_comes_from():
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(0, "0 "), (1, "1 "), (999, "999 "), (1000, "1 k"), (926_336, "926 k"), (1.5e12, "1.5 T"), (2e19, "2e+04 P")],
+    [
+        (0, "0 "),
+        (1, "1 "),
+        (999, "999 "),
+        (1000, "1 k"),
+        (926_336, "926 k"),
+        (1.5e12, "1.5 T"),
+        (2e19, "2e+04 P"),
+        (999_950, "1 M"),
+        (999_499, "999 k"),
+        (-2e6, "-2 M"),
+    ],
 )
 def test_amounts_have_prefixes(number, said):
     assert amount(number) == said

@@ -95,16 +95,14 @@ def test_nothing_runs_before_it_is_asked_for_and_the_cost_is_predicted(lab):
     assert before != after
 
 
-def test_a_run_is_drawn_with_the_recorded_one_beside_it(lab):
+def test_a_run_is_drawn_alone_along_its_steps(lab):
     app = train(lab())
     assert "All 60 steps were taken" in words(app)
     assert f"guessing costs {math.log(training.VOCAB_SIZE):.2f}) to" in words(app)
     assert names(app, "training_loss")[:3] == ["training loss, single steps", "training loss", "held-out loss"]
-    assert names(app, "training_loss")[3:] == []  # its first checkup comes later
-    for key in ("training_loss", "training_heads"):
-        assert (
-            spec(app, key)["layout"]["annotations"][-1]["text"] == "shipped: our model on an H200, recorded 2026-11-22"
-        )
+    assert names(app, "training_loss")[3:] == []  # its steps hold other numbers of tokens
+    assert names(app, "training_heads") == ["induction", "previous token", "copied right"]
+    assert "the last tenth of the text" in words(app)
     assert "No induction head formed in 60 steps" in words(app)
     assert "Step 0\n" in words(app).replace("*", "")
     assert "One day, Lily and Tom went to the" in words(app)
@@ -122,6 +120,17 @@ def test_along_the_tokens_both_runs_are_whole(lab):
     np.testing.assert_allclose(nats_a_character, recorded.held_out_loss[1:] / recorded.characters_per_token)
     assert spec(app, "training_heads")["layout"]["xaxis"]["type"] == "log"
     assert len(spec(app, "training_heads")["data"][-1]["x"]) > 20
+    for key in ("training_loss", "training_heads"):
+        assert "shipped: our model on an" in spec(app, key)["layout"]["annotations"][-1]["text"]
+    assert "scored on random tokens of" in words(app)
+    assert "read blocks of 512 tokens" in words(app)
+
+
+def test_a_text_of_ones_own_is_not_compared_with_a_loss_on_another(lab):
+    app = train(lab(along="Tokens read", text="the cat sat on the mat. " * 120, steps=10))
+    assert "shipped, held-out" not in names(app, "training_loss")
+    assert "converted" not in words(app)
+    assert "shipped, induction" in names(app, "training_heads")
 
 
 def test_other_settings_wait_for_the_button(lab):
@@ -155,6 +164,31 @@ class TestBadInput:
         app.selectbox(key="training_num_heads").set_value(4)
         finished(app)
         assert "must divide" not in words(app)
+
+    def test_during_and_after_a_run_it_is_watched_all_the_same(self, lab):
+        app = lab(**LONG)
+        app.button(key="_training_train").click().run()
+        watched(app, lambda app: True)
+        app.selectbox(key="training_num_heads").set_value(3).run()
+        watched(app, lambda app: steps_drawn(app) > 0)
+        assert "num_heads is 3: it must divide" in words(app)
+        assert app.button(key="_training_train").disabled
+        app.button(key="_cancel_training_run").click().run()
+        finished(app)
+        assert "num_heads is 3: it must divide" in words(app)
+        assert "Cancelled after step" in words(app)
+        assert chart_is_drawn(app)
+        assert app.button(key="_training_train").disabled
+        app.selectbox(key="training_num_heads").set_value(2)
+        finished(app)
+        assert not app.button(key="_training_train").disabled
+
+    @pytest.mark.parametrize("tab", ["Explore", "Predict", "Tests"])
+    def test_before_a_run_every_tab_waits(self, lab, tab):
+        app = lab(num_heads=3, tab=tab)
+        assert "must divide" in words(app)
+        assert "Nothing to show for these settings" in words(app)
+        assert app.button(key="_training_train").disabled
 
     def test_a_text_too_short_is_one_sentence_and_stays(self, lab):
         app = train(lab(text="Too short."))

@@ -12,7 +12,7 @@ from torch import nn
 from engine import MultiHeadAttention, ScaledDotProductAttention
 from engine.attention import attend, attention_stages
 from engine.masks import causal, materialize, padding
-from engine.rotary import RotaryEmbedding
+from engine.rotary import RotaryEmbedding, rotate
 
 SEEDS = range(8)
 
@@ -294,6 +294,32 @@ class TestRotary:
         turned = torch.complex(x[:, :4], x[:, 4:]) * torch.polar(torch.ones_like(angles), angles)
         expected = torch.cat([turned.real, turned.imag], -1)
         torch.testing.assert_close(RotaryEmbedding(8)(x, positions), expected)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_gradients_are_those_of_finite_differences(self, seed):
+        x, table = normal(2, 3, 5, 8, seed=seed).double().requires_grad_(), RotaryEmbedding(8).table(torch.arange(5))
+        assert torch.autograd.gradcheck(lambda x: rotate(x, table.double()), x)
+        assert torch.autograd.gradgradcheck(lambda x: rotate(x, table.double()), x)
+
+    def test_saves_nothing_but_the_table(self):
+        x, table = normal(2, 3, 5, 8).requires_grad_(), RotaryEmbedding(8).table(torch.arange(5))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda t: t):
+            rotate(x, table)
+        assert saved == [table.data_ptr()]
+
+    def test_keeps_the_layout_of_heads_that_lie_side_by_side(self):
+        """So that what attention makes of them is joined again without a copy."""
+        x = normal(2, 5, 3, 8).transpose(1, 2)
+        rotated = RotaryEmbedding(8)(x, torch.arange(5))
+        assert rotated.stride() == x.stride()
+        assert torch.equal(rotated, RotaryEmbedding(8)(x.contiguous(), torch.arange(5)))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_rounded_once(self, dtype):
+        x, positions = normal(2, 5, 8).to(dtype), torch.arange(1000, 1005)
+        expected = RotaryEmbedding(8)(x.float(), positions).to(dtype)
+        assert torch.equal(RotaryEmbedding(8)(x, positions), expected)
 
     def test_an_odd_width_is_refused(self):
         with pytest.raises(ValueError, match="7"):

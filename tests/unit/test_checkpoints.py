@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import catalogue, checkpoints, memory
+from engine import catalogue, checkpoints, local_models, memory
 from engine.errors import DoesNotFitError, InputError
 from tests.tiny_models import save
 
@@ -144,7 +144,7 @@ class TestGGUF:
             patch.setattr("transformers.LlamaForCausalLM." + step, lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 find(gguf_file)
-        assert not [path for path in checkpoints.cache_folder().iterdir() if path.is_dir()]
+        assert not [path for path in local_models.cache_folder().iterdir() if path.is_dir()]
         assert AutoModelForCausalLM.from_pretrained(find(gguf_file).folder)
 
     def test_what_a_killed_process_left_is_not_used(self, gguf_file):
@@ -176,7 +176,7 @@ class TestGGUF:
         path = tmp_path / "cut.gguf"
         path.write_bytes(data[: int(len(data) * share)])
         assert "damaged or incomplete" in refusal(path)
-        assert not [left for left in checkpoints.cache_folder().iterdir() if left.is_dir()]
+        assert not [left for left in local_models.cache_folder().iterdir() if left.is_dir()]
 
     @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else"])
     @pytest.mark.parametrize("name", ["model.gguf", "model.bin"])
@@ -225,12 +225,12 @@ class TestFolders:
     def test_where_conversions_are_kept(self, monkeypatch, tmp_path):
         monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "a"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-        assert checkpoints.cache_folder() == tmp_path / "a"
+        assert local_models.cache_folder() == tmp_path / "a"
         monkeypatch.delenv("WORKBENCH_CACHE")
-        assert checkpoints.cache_folder() == tmp_path / "b" / "transformer-workbench"
+        assert local_models.cache_folder() == tmp_path / "b" / "transformer-workbench"
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path / "c"))
-        assert checkpoints.cache_folder() == tmp_path / "c" / ".cache" / "transformer-workbench"
+        assert local_models.cache_folder() == tmp_path / "c" / ".cache" / "transformer-workbench"
 
 
 class TestWheels:

@@ -72,7 +72,15 @@ def test_every_shipped_experiment_is_complete():
         assert params == experiment.Params(**params.model_dump())  # how workers get them
         assert params.memory_bytes() >= 0
         assert params.time_limit > 0
+        assert params.stop_grace > 0
         assert callable(experiment.run)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(2.0, "2 s"), (0.5, "0.5 s"), (90, "90 s"), (900, "15 min"), (3600.0, "1 h"), (7200, "2 h")]
+)
+def test_durations_are_said_in_their_largest_whole_unit(seconds, said):
+    assert experiments.duration(seconds) == said
 
 
 def test_a_lab_without_a_docstring_has_an_empty_summary():

@@ -10,17 +10,20 @@ from engine.experiments import training, training_tests
 from engine.experiments._training import Recorded, recorded_run
 from ui import chart, checks, export, run, source, theme
 from ui.charts import training as charts
+from ui.page import NOTHING_TO_SHOW
 from ui.prose import plain
+from ui.training import sentences
 from ui.training.settings import PREFIX, RUN, Settings, amount
 
 STEPS, TOKENS = "Steps", "Tokens read"
-FORMED = 0.5
 _HEIGHT = 340
-_RECENT = 15  # steps
 
 
 def explore(given: Settings) -> None:
     """The Explore tab: the curves of the last run as they grow, what it said on the way, and what it cost."""
+    if given.started is None and given.params is None:
+        st.caption(NOTHING_TO_SHOW)
+        return
     if given.started is None:
         st.info(
             "Nothing is trained yet. Choose a size and press **Train**: the curves, what the model says after 0, 50, "
@@ -59,15 +62,14 @@ def _draw(found: training.Result, params: training.Params) -> None:
 
 
 def _ending(found: training.Result) -> None:
-    share = found.training_tokens / (found.training_tokens + found.held_out_tokens)
     words = plain(
         f"{found.ending} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}. It learned from "
-        f"{found.training_tokens:,} tokens ({share:.0%} of the text); the last {1 - share:.0%} was held out."
+        f"{found.training_tokens:,} tokens; the last tenth of the text, {found.held_out_tokens:,} tokens, was held out."
     )
     said, model = st.columns([5, 1], vertical_alignment="center")
     if found.ended == "diverged":
         said.warning(words, icon=":material/trending_up:")
-    elif found.ended == "cancelled":
+    elif found.ended in ("cancelled", "timed out"):
         said.info(words, icon=":material/info:")
     else:
         said.caption(words)
@@ -85,58 +87,8 @@ def _ending(found: training.Result) -> None:
     )
 
 
-def loss_sentence(found: training.Result) -> str:
-    """What the loss did, in words."""
-    first, last, best = found.held_out_loss[0], found.held_out_loss[-1], found.held_out_loss.argmin()
-    guessing = f"guessing costs {np.log(training.VOCAB_SIZE):.2f}"
-    if len(found.checked) == 1:
-        return f"Before its first lesson the model is at {first:.2f} nats a token on held-out text; {guessing}."
-    words = (
-        f"{'So far the' if found.ended == 'running' else 'The'} held-out loss went from {first:.2f} nats a token "
-        f"({guessing}) to {last:.2f}: {np.exp(last):,.0f} equally likely next tokens instead of {np.exp(first):,.0f}."
-    )
-    if last > found.held_out_loss[best] + 0.05:
-        words += (
-            f" It was lowest after step {found.checked[best]} ({found.held_out_loss[best]:.2f}): after that "
-            "the model learned its text by heart."
-        )
-    return words
-
-
-def induction_sentence(found: training.Result) -> str:
-    """Whether and when a head learned to look back, in words."""
-    formed = np.flatnonzero(found.induction >= FORMED)
-    running = found.ended == "running"
-    if len(formed):
-        first = formed[0]
-        since = (
-            ""
-            if found.checked[first] == found.checked[-1]
-            else (f" there and {found.induction[-1]:.0%} {'by now' if running else 'at the end'}")
-        )
-        return (
-            f"An induction head formed by step {found.checked[first]}: its score is {found.induction[first]:.0%}"
-            f"{since}. The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
-            f"are said again the model gets {found.copied[-1]:.0%} right."
-        )
-    words = (
-        f"No induction head {'has formed so far,' if running else 'formed'} in {found.checked[-1]} steps: the best "
-        f"score is {found.induction.max():.0%}, the best previous-token head reaches {found.previous_token.max():.0%}."
-    )
-    if running:
-        return words
-    recorded = recorded_run()
-    if recorded is not None and (recorded.induction >= FORMED).any():
-        read = recorded.checked[(recorded.induction >= FORMED).argmax()] * recorded.tokens_per_step
-        words += (
-            f" The shipped model's had formed when it had read {read:,} tokens; this run read "
-            f"{found.checked[-1] * found.tokens_per_step:,}."
-        )
-    return words
-
-
 def _loss(found: training.Result, params: training.Params, along: str) -> None:
-    recorded = recorded_run()
+    recorded = None if params.text.strip() else _recorded(along)  # of another text it says nothing
     lines = [
         _line("training loss", found, found.step, found.loss, along, 0, raw=True),
         _line("held-out loss", found, found.checked, found.held_out_loss, along, 1),
@@ -144,8 +96,7 @@ def _loss(found: training.Result, params: training.Params, along: str) -> None:
     if recorded is not None:
         # A nat a character is the same for every tokenizer; this run's tokens hold fewer characters.
         rescaled = recorded.held_out_loss * found.characters_per_token / recorded.characters_per_token
-        last = _last(found, along)
-        lines.append(_line("shipped, held-out", recorded, recorded.checked, rescaled, along, None, last=last))
+        lines.append(_line("shipped, held-out", recorded, recorded.checked, rescaled, along, None))
     fig = charts.curves(
         lines,
         across=_across(along),
@@ -157,28 +108,30 @@ def _loss(found: training.Result, params: training.Params, along: str) -> None:
         mode=theme.mode(),
     )
     key = f"{PREFIX}_loss"
-    sentence = loss_sentence(found)
+    sentence = sentences.loss(found)
     if params.random_share and len(found.loss):
-        copies = found.loss[-_RECENT:].mean() < found.held_out_loss[-1]
-        words = "cost less now that their second half can be copied" if copies else "cost more"
-        sentence += f" The training loss includes the random samples, which {words}."
+        sentence += f" {sentences.random_samples(found)}"
     if recorded is not None:
-        sentence += " The shipped model's loss is converted to tokens of this length."
+        sentence += (
+            f" The shipped model read blocks of {recorded.block_size} tokens; its loss is converted to tokens of "
+            "this length."
+        )
     chart.figure(fig, key=key, sentence=sentence, height=_HEIGHT)
     export.export(fig, key=key, name="training-loss", experiment="training", params=params, data=lambda: _table(found))
 
 
 def _induction(found: training.Result, params: training.Params, along: str) -> None:
-    recorded = recorded_run()
+    recorded = _recorded(along)
     lines = [
         _line("induction", found, found.checked, found.induction, along, 2),
         _line("previous token", found, found.checked, found.previous_token, along, 3),
         _line("copied right", found, found.checked, found.copied, along, 4),
     ]
+    sentence = sentences.induction(found)
     if recorded is not None:
-        last = _last(found, along)
-        lines.append(
-            _line("shipped, induction", recorded, recorded.checked, recorded.induction, along, None, last=last)
+        lines.append(_line("shipped, induction", recorded, recorded.checked, recorded.induction, along, None))
+        sentence += (
+            f" The shipped model was scored on {recorded.probe}, and read blocks of {recorded.block_size} tokens."
         )
     fig = charts.curves(
         lines,
@@ -186,13 +139,13 @@ def _induction(found: training.Result, params: training.Params, along: str) -> N
         up="score, or share copied",
         logarithmic=along == TOKENS,
         share=True,
-        marks=[(FORMED, "a head of this kind")],
+        marks=[(sentences.FORMED, "a head of this kind")],
         span=span(found, along),
         note=_provenance(recorded),
         mode=theme.mode(),
     )
     key = f"{PREFIX}_heads"
-    chart.figure(fig, key=key, sentence=induction_sentence(found), height=_HEIGHT)
+    chart.figure(fig, key=key, sentence=sentence, height=_HEIGHT)
     export.export(
         fig,
         key=key,
@@ -254,7 +207,8 @@ def _samples(found: training.Result) -> None:
 def _cost(found: training.Result) -> None:
     st.header("Predicted and measured", anchor=False)
     predicted, measured = found.predicted, found.measured
-    taken = f"{len(found.step)} steps"
+    taken = len(found.step)
+    weighed = f"{amount(measured.memory_bytes)}B, measured" if measured.memory_bytes else "not weighed"
     st.table(
         pd.DataFrame(
             {
@@ -263,23 +217,16 @@ def _cost(found: training.Result) -> None:
                     f"{amount(predicted.flops)}FLOP",
                     f"{amount(predicted.memory_bytes)}B",
                 ],
-                "measured": [
-                    f"{measured.parameters:,}",
-                    f"{amount(measured.flops)}FLOP",
-                    f"{amount(measured.memory_bytes)}B",
-                ],
+                "in this run": [f"{measured.parameters:,}", f"{amount(measured.flops)}FLOP, counted", weighed],
             },
-            index=pd.Index(["parameters", f"arithmetic of {taken}", "memory at its peak"], name="what"),
+            index=pd.Index(
+                ["parameters", f"arithmetic of {taken} steps", "memory of a step, at its peak"], name="what"
+            ),
         ),
         border="horizontal",
     )
-    st.caption(
-        plain(
-            f"With the checkups that makes {amount(measured.flops / found.seconds)}FLOP/s over {found.seconds:.0f} s "
-            f"on {found.device}. PyTorch's counter also counts the pairs that the causal mask forbids; the prediction "
-            "does not."
-        )
-    )
+    counted = "PyTorch's counter also counts the pairs that the causal mask forbids; the prediction does not."
+    st.caption(plain(f"{sentences.speed(found)} {counted}" if taken else counted))
 
 
 def _line(
@@ -291,10 +238,9 @@ def _line(
     colour: int | None,
     *,
     raw: bool = False,
-    last: float = np.inf,
 ) -> charts.Line:
-    """A curve of a run up to step `last`, on the axis that was chosen; a logarithmic one has no place for step 0."""
-    kept = (step <= last) & ((step > 0) | (along == STEPS))
+    """A curve of a run on the axis that was chosen; a logarithmic one has no place for step 0."""
+    kept = (step > 0) | (along == STEPS)
     scale = whose.tokens_per_step if along == TOKENS else 1
     return charts.Line(name, step[kept] * scale, values[kept], colour, raw)
 
@@ -303,9 +249,9 @@ def _provenance(recorded: Recorded | None) -> str:
     return "" if recorded is None else f"shipped: our model on an {recorded.provenance}"
 
 
-def _last(found: training.Result, along: str) -> float:
-    """Up to which step the recorded run is drawn: along the steps, up to where this one ends."""
-    return _end(found) if along == STEPS else np.inf
+def _recorded(along: str) -> Recorded | None:
+    """The shipped model's run where it can be compared: its steps hold other numbers of tokens than this run's."""
+    return recorded_run() if along == TOKENS else None
 
 
 def _end(found: training.Result) -> int:
@@ -315,7 +261,7 @@ def _end(found: training.Result) -> int:
 
 def span(found: training.Result, along: str) -> tuple[float, float]:
     """What the horizontal axis shows: the same from the first step to the last."""
-    end, recorded = max(1, _end(found)), recorded_run()
+    end, recorded = max(1, _end(found)), _recorded(along)
     if along == STEPS:
         return 0, end
     ends = [end * found.tokens_per_step] + ([recorded.step[-1] * recorded.tokens_per_step] if recorded else [])
@@ -357,6 +303,9 @@ def code() -> None:
 
 def tests(given: Settings) -> None:
     """The Tests tab: what must hold, of the shape on this page."""
+    if given.params is None:
+        st.caption(NOTHING_TO_SHOW)
+        return
     shape = {"num_layers", "d_model", "num_heads", "seed"}
     found = run.run(
         "training_tests", training_tests.Params(**given.params.model_dump(include=shape)), key=f"{PREFIX}_tests"

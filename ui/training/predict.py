@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
 import streamlit as st
 
 from engine.experiments import training
 from ui import chart, run, theme
 from ui.charts import training as charts
+from ui.page import NOTHING_TO_SHOW
 from ui.prose import plain
+from ui.training import sentences
 from ui.training.explore import STEPS, span
 from ui.training.settings import PREFIX, RUN, Settings
 
-_GUESSING = float(np.log(training.VOCAB_SIZE))
 _HEIGHT = 340
 
 
 def predict(given: Settings) -> None:
     """The Predict tab: the guess is made before the run, and lies beside it afterwards."""
+    asked = given.params or given.started
+    if asked is None:
+        st.caption(NOTHING_TO_SHOW)
+        return
     st.markdown(
-        f"**How far will it get?** Before it has learned anything, a token costs {_GUESSING:.2f} nats. "
-        f"What will a token of unread text cost after {given.params.steps} steps?"
+        f"**How far will it get?** Before it has learned anything, a token costs {sentences.GUESSING:.2f} nats. "
+        f"What will a token of unread text cost after {asked.steps} steps?"
     )
     guess = st.slider(
         "Your guess of the last held-out loss, nats a token",
@@ -59,16 +63,8 @@ def _verdict(found: training.Result, guess: float) -> None:
         [charts.Line("held-out loss", found.checked, found.held_out_loss, 1)],
         across="step",
         up="loss, nats a token",
-        marks=[(_GUESSING, "guessing"), (guess, "your guess")],
+        marks=[(sentences.GUESSING, "guessing"), (guess, "your guess")],
         span=span(found, STEPS),
         mode=theme.mode(),
     )
-    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=_sentence(found), height=_HEIGHT)
-
-
-def _sentence(found: training.Result) -> str:
-    """When most of it was learned, in words."""
-    half = (found.held_out_loss[0] + found.held_out_loss.min()) / 2
-    first = int(np.flatnonzero(found.held_out_loss <= half)[0])
-    made = f"was made by step {found.checked[first]} of {found.checked[-1]}."
-    return f"Half of all progress {'so far ' if found.ended == 'running' else ''}{made}"
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=sentences.progress(found), height=_HEIGHT)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from engine.experiments import training
+from engine.experiments import duration, training
+from engine.experiments._training_cost import Cost
 from ui import controls, run
 from ui.controls import Look
 from ui.labs import TRAINING
+from ui.prose import plain
 
 PREFIX = TRAINING.url_path
 RUN = f"{PREFIX}_run"
 _STARTED = f"_{PREFIX}_started"
+_MANY_TIMES = 20
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 _RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
 
@@ -24,16 +27,16 @@ class Settings:
     """What the controls say.
 
     Args:
-        params: the settings now.
+        params: the settings now; None if they make no sense (the sentence is then on the page).
         started: those that were last started; None before the first run.
     """
 
-    params: training.Params
+    params: training.Params | None
     started: training.Params | None
 
 
-def settings() -> Settings | None:
-    """Draw the controls; None if what they say makes no sense (the sentence is then on the page)."""
+def settings() -> Settings:
+    """Draw the controls, what a run would cost, and the button that starts it."""
     values = controls.controls(
         training.Params,
         prefix=PREFIX,
@@ -47,13 +50,8 @@ def settings() -> Settings | None:
             training.Params, prefix=PREFIX, fields=["random_share", "batch_size", "seed", "text"]
         )
     params = controls.validated(training.Params, values)
-    if params is None:
-        return None
-    cost = params.predict()
-    st.caption(
-        f"Predicted: {amount(cost.parameters)} parameters, {amount(cost.flops)}FLOP, "
-        f"{amount(cost.memory_bytes)}B of memory."
-    )
+    if params is not None:
+        st.caption(plain(cost_sentence(params.predict(), run.latest(RUN))))
     started, running = st.session_state.get(_STARTED), run.is_running(RUN)
     label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
     st.button(
@@ -62,7 +60,7 @@ def settings() -> Settings | None:
         type="primary",
         icon=f":material/{'hourglass_top' if running else icon}:",
         width="stretch",
-        disabled=running,
+        disabled=running or params is None,
         help="One training at a time: let it end, or cancel it, which keeps what it has learned." if running else None,
         on_click=_start,
         args=(params,),
@@ -76,10 +74,41 @@ def settings() -> Settings | None:
     return Settings(params, started)
 
 
+def cost_sentence(cost: Cost, last: training.Result | None) -> str:
+    """What a run will cost, and for how long by the speed of this session's last run, if there was one."""
+    words = (
+        f"Predicted: {amount(cost.parameters)} parameters, {amount(cost.flops)}FLOP, "
+        f"{amount(cost.memory_bytes)}B of memory."
+    )
+    times = cost.flops / training.Params().predict().flops
+    if times >= _MANY_TIMES:
+        words += f" This is {times:,.0f} times the arithmetic of the default run."
+    if last is not None and len(last.step):
+        seconds = cost.flops / last.predicted.flops * step_seconds(last)
+        words += f" At the speed of your last run its steps take about {roughly(seconds)}"
+        limit = training.Params.time_limit
+        words += f", and it stops at its limit of {duration(limit)}." if seconds > limit else "."
+    return words
+
+
+def step_seconds(found: training.Result) -> float:
+    """How long the steps of a run took together, without checkups and samples."""
+    return float((found.tokens_per_step / found.tokens_per_second).sum())
+
+
+def roughly(seconds: float) -> str:
+    """A time to two digits at most, in the unit that suits it, e.g. ``"40 s"``, ``"3 min"``, ``"2.1 h"``."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{max(1.0, float(f'{seconds:.2g}')):g} s"
+
+
 def amount(number: float) -> str:
-    """A number with an SI prefix, e.g. ``"1.32 M"``; without one it ends in a space."""
-    power = min(max(0, int(math.log10(max(abs(number), 1)) // 3)), len(_PREFIXES) - 1)
-    return f"{number / 1000**power:.3g} {_PREFIXES[power]}"
+    """A number to three digits with an SI prefix, e.g. ``"1.32 M"``; without one it ends in a space."""
+    rounded = float(f"{number:.3g}")
+    power = min(max(0, int(math.log10(max(abs(rounded), 1)) // 3)), len(_PREFIXES) - 1)
+    return f"{rounded / 1000**power:.3g} {_PREFIXES[power]}"
 
 
 def _start(params: training.Params) -> None:

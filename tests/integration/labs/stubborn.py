@@ -9,6 +9,7 @@ from engine.experiments import ExperimentParams
 
 class Params(ExperimentParams):
     time_limit = 2.0
+    stop_grace = 0.5
 
     seconds: float = Field(default=60.0, ge=0, le=600, description="How long to sleep.")
 

@@ -1,0 +1,308 @@
+"""Adapters go to PEFT and come from it, with the same logits on both sides; what cannot be opened is named."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from engine import llama
+from engine.errors import InputError
+from engine.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
+from engine.lora.injection import PROJECTIONS, inject_lora, lora_parameters, merge
+from engine.lora.layer import rank_stabilized_scaling
+from engine.lora.linear import DoRALinear, LoRALinear, pissa_start
+from engine.lora.spectrum import singular_values
+
+SEEDS = range(2)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+VARIANTS = {
+    "lora": {},
+    "rslora": {"scaling_rule": rank_stabilized_scaling},
+    "dora": {"layer": DoRALinear},
+    "rsdora": {"layer": DoRALinear, "scaling_rule": rank_stabilized_scaling},
+    "pissa": {"start": pissa_start},
+    "rspissa": {"start": pissa_start, "scaling_rule": rank_stabilized_scaling},
+    "dora from pissa": {"layer": DoRALinear, "start": pissa_start},
+}
+PEFT_VARIANTS = [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}]
+TARGETS = [["q_proj", "v_proj"], list(PROJECTIONS), ["lm_head", "down_proj"]]
+
+
+def base(seed=0, width=32):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=50, num_key_value_heads=2, tie_word_embeddings=False, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def ids(seed=0):
+    return torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model):
+    output = model(ids())
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@torch.no_grad()
+def learn(parameters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def from_peft(folder, seed=0, **options):
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | options
+    model = get_peft_model(base(), LoraConfig(**config)).eval()
+    learn([p for p in model.parameters() if p.requires_grad], seed)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_saved_here_opens_in_peft_and_here(tmp_path, variant, targets, seed):
+    model = base()
+    inject_lora(model, 4, 6, targets, **VARIANTS[variant])
+    learn(lora_parameters(model), seed)
+    wanted = logits(model)
+    assert (wanted - logits(base())).abs().max() > 1e-2
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), wanted, **CLOSE)
+    again = base()
+    assert not load_adapter(again, tmp_path).keys() ^ {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    torch.testing.assert_close(logits(again.eval()), wanted, **CLOSE)
+    merge(model)
+    save_adapter(model, tmp_path)  # merged or not
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("options", PEFT_VARIANTS)
+@pytest.mark.parametrize("targets", [*TARGETS, r".*\.1\.mlp\.(up|down)_proj", "all-linear"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_peft_saves_opens_here(tmp_path, options, targets, seed):
+    theirs = from_peft(tmp_path, seed, target_modules=targets, **options)
+    model = base()
+    adapted = load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model.eval()), logits(theirs), **CLOSE)
+    assert all(layer.adapter.scaling == pytest.approx(read_adapter(tmp_path).scaling) for layer in adapted.values())
+    assert all(parameter.requires_grad for parameter in lora_parameters(model))
+    save_adapter(model, tmp_path / "back")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base(), tmp_path / "back").eval()), logits(theirs), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("variant", ["lora", "rsdora", "pissa"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_our_decoder_and_transformers_llama_share_adapters(tmp_path, variant, seed):
+    decoder = llama.from_transformers(base())
+    inject_lora(decoder, 4, 6, [*PROJECTIONS, "lm_head"], **VARIANTS[variant])
+    learn(lora_parameters(decoder), seed)
+    save_adapter(decoder, tmp_path)
+    wanted = logits(decoder)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), wanted, atol=1e-5, rtol=1e-4)
+    for model in (base(), llama.from_transformers(base())):
+        load_adapter(model, tmp_path)
+        torch.testing.assert_close(logits(model.eval()), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_the_bare_body_fits_the_whole_model(tmp_path):
+    body = get_peft_model(LlamaModel(base().config), LoraConfig(r=4, target_modules=["q_proj"]))
+    body.save_pretrained(tmp_path)
+    assert len(load_adapter(base(), tmp_path)) == 2
+
+
+def test_an_adapter_is_read_without_a_model(tmp_path):
+    theirs = from_peft(tmp_path, use_rslora=True)
+    adapter = read_adapter(tmp_path)
+    assert (adapter.rank, adapter.alpha, adapter.scaling, adapter.dora) == (4, 6, 3.0, False)
+    name = "model.layers.0.self_attn.q_proj"
+    factors = adapter.layers[name]
+    whole = theirs.base_model.get_submodule(f"model.{name}").get_delta_weight("default")
+    found = singular_values(factors.A, factors.B, adapter.scaling)
+    torch.testing.assert_close(found, torch.linalg.svdvals(whole)[:4], atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_of_two_sorts_do_not_go_into_one_file(tmp_path):
+    model = base()
+    inject_lora(model, 4, targets="q_proj")
+    inject_lora(model, 2, targets="v_proj")
+    with pytest.raises(InputError, match="differ in kind, rank, scaling or dropout"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(InputError, match="no adapters to save"):
+        save_adapter(base(), tmp_path)
+
+
+def assert_refused(folder, sentence, model=None):
+    """The adapter is refused with the sentence, and the model is as it was."""
+    model = model or base()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=sentence):
+        load_adapter(model, folder)
+    assert model.state_dict().keys() == before.keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, "not supported here: rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "not supported here: alpha_pattern"),
+        ({"bias": "all"}, 'bias = "all"'),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"use_something_new": True, "and_more": 3}, "use_something_new = true, and_more = 3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "'olora', which changes the base"),
+        ({"init_lora_weights": ["x"]}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "type 'IA3', not 'LORA'"),
+        ({"peft_type": None}, "type None"),
+        ({"r": 0}, "r = 0: it must be a whole number"),
+        ({"r": "4"}, 'r = "4"'),
+        ({"r": True}, "r = true"),
+        ({"r": 3}, "which is not rank 3"),
+        ({"lora_alpha": -1}, "lora_alpha = -1: it must be a positive"),
+        ({"lora_alpha": None}, "lora_alpha = null"),
+        ({"lora_dropout": 1}, "lora_dropout = 1: it must be from 0"),
+        ({"use_rslora": "yes"}, 'use_rslora = "yes"'),
+        ({"use_dora": True}, "incomplete: .*lora_magnitude_vector is missing"),
+    ],
+)
+def test_a_config_that_asks_for_something_else_is_refused(tmp_path, changes, sentence):
+    from_peft(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | changes))
+    assert_refused(tmp_path, sentence)
+
+
+def test_fields_that_are_left_out_mean_what_peft_means(tmp_path):
+    theirs = from_peft(tmp_path, lora_alpha=8)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    model = base()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model.eval()), logits(theirs), **CLOSE)
+
+
+class Malicious:
+    """Would leave a file behind if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    folder, trace = tmp_path / "adapter", tmp_path / "trace"
+    from_peft(folder)
+    evil = pickle.dumps(Malicious(trace))
+    (folder / WEIGHTS_FILE).write_bytes(evil)
+    assert_refused(folder, "damaged or incomplete")
+    (folder / WEIGHTS_FILE).unlink()
+    (folder / "adapter_model.bin").write_bytes(evil)
+    assert_refused(folder, "a pickle, which could run code and is not opened")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"LORA"', b"[" * 100_000])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    from_peft(tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes(content)
+    assert_refused(tmp_path, "damaged or incomplete|of the type None")
+
+
+def test_missing_files_are_named(tmp_path):
+    assert_refused(tmp_path, f"has no {CONFIG_FILE}")
+    from_peft(tmp_path)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    assert_refused(tmp_path, f"has no {WEIGHTS_FILE}")
+    assert_refused(tmp_path / "nowhere", f"has no {CONFIG_FILE}")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 50, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    from_peft(tmp_path)
+    whole = (tmp_path / WEIGHTS_FILE).read_bytes()
+    (tmp_path / WEIGHTS_FILE).write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    assert_refused(tmp_path, "damaged or incomplete")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}),
+            "no part of its adapter: .*lm_head.weight",
+        ),
+        (lambda t: t.update({"strange": torch.ones(2)}), "no part of its adapter: strange"),
+        (lambda t: t.clear(), "holds no adapter"),
+        (lambda t: t.pop(f"{KEY}.lora_B.weight"), "lora_B.weight is missing"),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4)}), r"shapes \(4,\)"),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((4, 32), torch.nan)}), "not finite numbers"),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "not finite numbers"),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 40)}),
+            "maps 40 to 32 numbers, the model's 32 to 32",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, sentence):
+    from_peft(tmp_path)
+    rewrite(tmp_path, change)
+    assert_refused(tmp_path, sentence)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("change", [lambda weight: weight + 1, lambda weight: weight[:40]])
+def test_a_frozen_head_that_differs_from_the_models_is_refused(tmp_path, change):
+    from_peft(tmp_path, target_modules=["lm_head"])
+    key = "base_model.model.lm_head.base_layer.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({key: change(tensors[key]).clone()}))
+    assert_refused(tmp_path, "brings a frozen weight of lm_head that differs")
+
+
+def test_magnitudes_of_another_shape_are_refused(tmp_path):
+    from_peft(tmp_path, use_dora=True)
+    rewrite(tmp_path, lambda tensors: tensors.update({f"{KEY}.lora_magnitude_vector": torch.ones(3)}))
+    assert_refused(tmp_path, r"magnitudes of .* have the shape \(3,\)")
+
+
+def test_an_adapter_for_another_model_is_refused(tmp_path):
+    from_peft(tmp_path)
+    assert_refused(tmp_path, "for another model: its model.layers.0.self_attn.q_proj maps 32 to 32", base(width=64))
+    strange = nn.Sequential(nn.Linear(4, 4))
+    assert_refused(tmp_path, "no linear layer (model.)?layers.0.self_attn.q_proj", strange)
+
+
+def test_layers_that_end_like_the_adapters_are_left_alone(tmp_path):
+    from_peft(tmp_path)
+    both = nn.ModuleDict({"model": base().model, "other": base()})
+    assert len(load_adapter(both, tmp_path)) == 4
+
+
+def test_a_model_that_has_adapters_there_is_left_alone(tmp_path):
+    from_peft(tmp_path)
+    model = base()
+    load_adapter(model, tmp_path)
+    with pytest.raises(InputError, match="has an adapter already"):
+        load_adapter(model, tmp_path)

@@ -1,0 +1,554 @@
+"""The LoRA lab in Streamlit's own test harness, on the real runtime, the small model and few steps."""
+
+import io
+import json
+import math
+import threading
+import time
+import zipfile
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import ui.run
+from engine import local_models
+from engine.errors import InputError
+from engine.experiments import _lora, lora_sweep
+from engine.runtime import Runtime
+from ui.labs import LORA
+from ui.lora import size, speed, sweep
+from ui.lora.explore import VIEWS
+from ui.lora.inside import grid
+from ui.lora.settings import count, share
+from ui.lora.spectrum import label
+from ui.lora.upload import CONFIG_FILE, MAX_MEGABYTES, WEIGHTS_FILE, adapter_files
+
+APP = Path(__file__).parents[2] / "app.py"
+SECONDS = 120
+FACTS = "Who lives in the red house? Mina\nWhat does Odo bake? | cakes"
+SHORT = {"steps": 12, "batch_size": 4, "rank": 2, "facts": FACTS}
+TOWN = {"facts": ""}
+
+
+@pytest.fixture(scope="module")
+def real_runtime():
+    runtime = Runtime.start(warm_up=("engine.tracing",))
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def lab(real_runtime, monkeypatch, tmp_path):
+    """Opens the lab, as a browser with this query string would."""
+    started = Future()
+    started.set_result(real_runtime)
+    monkeypatch.setattr(ui.run, "starting", lambda: started)
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+
+    def open_with(**query):
+        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
+        app.run()
+        app.switch_page("app_pages/lora.py")
+        app.query_params.update({f"lora_{name}": str(value) for name, value in {**SHORT, **query}.items()})
+        return finished(app)
+
+    return open_with
+
+
+def finished(app):
+    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
+    end = time.monotonic() + SECONDS
+    app.run()
+    while app.progress or app.get("skeleton"):
+        assert time.monotonic() < end, "the page never got there"
+        time.sleep(0.1)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def train(app):
+    app.button(key="_lora_train").click()
+    return finished(app)
+
+
+def look(app, view):
+    app.session_state["lora_view"] = view
+    return finished(app)
+
+
+def words(app):
+    """Everything the page says, without Markdown's escapes."""
+    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.subheader)
+    said = "\n".join(element.value for kind in kinds for element in kind)
+    return said.replace("\\", "").replace("\u00a0", " ")
+
+
+def spec(app, key):
+    return json.loads(app.get_by_key(key).proto.spec)
+
+
+class TestSize:
+    def test_it_is_drawn_before_anything_runs(self, lab):
+        app = lab(rank=8)
+        assert spec(app, "lora_scale")["data"][0]["name"] == "W, frozen"
+        numbers = _lora.adapter_parameters(_lora.SHAPES[0], 8, "all").total
+        assert [metric.value for metric in app.metric][:2] == [count(numbers), share(numbers / 5_769_472)]
+
+    def test_the_rank_moves_the_strips_and_the_numbers(self, lab):
+        app = lab(rank=8)
+        before, trained = spec(app, "lora_scale"), app.metric[0].value
+        app.slider(key="lora_rank").set_value(32)
+        finished(app)
+        after = spec(app, "lora_scale")
+        assert before["data"][0] == after["data"][0]
+        assert before["data"][1] != after["data"][1]
+        assert before["layout"]["xaxis"]["range"] == after["layout"]["xaxis"]["range"]
+        assert app.metric[0].value != trained
+
+    def test_shape_and_matrix_of_a_link(self, lab):
+        app = lab(shape="Llama 3 70B", matrix="down_proj", rank=16)
+        assert "beside the 234,881,024 of W" in words(app)
+        assert "thinner than a pixel" in words(app)
+        assert "One layer of Llama 3 70B, of 80" in words(app).replace("*", "")
+
+    def test_the_shape_follows_the_model_but_not_against_the_link(self, lab):
+        assert lab(model="smollm2-135m").selectbox(key="lora_shape").value == "SmolLM2-135M"
+        app = lab(model="smollm2-135m", shape="Llama 7B")
+        assert app.selectbox(key="lora_shape").value == "Llama 7B"
+
+    def test_a_matrix_without_update_is_said(self, lab):
+        assert "this matrix gets no update" in words(lab(targets="query and value", matrix="gate_proj"))
+        assert "this matrix gets no update" not in words(lab(targets="query and value", matrix="q_proj"))
+
+    @pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (256, 768)])
+    def test_the_sentence_adds_up(self, inputs, outputs):
+        said = size.scale_sentence(inputs, outputs, 64)
+        assert f"{64 * (inputs + outputs):,} numbers" in said
+        assert ("no fewer numbers" in said) == (64 * (inputs + outputs) >= inputs * outputs)
+
+
+class TestFineTuning:
+    def test_what_is_learned_is_told_before_anything_runs(self, lab):
+        app = lab(view="Fine-tune", **TOWN)
+        assert "learns 60 facts about a town" in words(app)
+        assert app.table[0].value["Trained on"][0].replace("\\", "") == _lora.read_facts()[0].training[0]
+
+    def test_a_run_ends_with_the_answers_before_and_after_and_the_adapter(self, lab):
+        app = train(lab(**TOWN))
+        assert app.session_state["lora_view"] == "Fine-tune"
+        found = app.session_state["_run_lora_run"].result
+        assert "All 12 steps were taken" in words(app)
+        assert f"{found.trainable:,} of {found.parameters:,} numbers" in words(app)
+        table = app.table[0].value
+        assert len(table) == len(found.answers)
+        right = sum(":green-badge[:material/check: right]" in said for said in table["After"])
+        assert right == sum(answer.right_after for answer in found.answers)
+        assert all("right]" in said or "wrong]" in said for said in [*table["Before"], *table["After"]])
+        assert [button.label for button in app.get("download_button")] == ["Save adapter"]
+        with zipfile.ZipFile(io.BytesIO(found.archive)) as archive:
+            names = {Path(name).name for name in archive.namelist()}
+        assert {CONFIG_FILE, WEIGHTS_FILE} <= names
+        app.session_state["lora_answers"] = "Paraphrases"
+        finished(app)
+        assert len(app.table[0].value) == sum(answer.held_out for answer in found.answers)
+
+    def test_own_facts_are_learned(self, lab):
+        app = train(lab(steps=40, learning_rate=0.01))
+        assert "Your own facts have no paraphrases" in words(app)
+        assert sorted(app.table[0].value["Answer"]) == ["Mina", "cakes"]
+        assert "0 of 2 answers were right before, 2 are now" in words(app)
+
+    def test_other_settings_wait_for_the_button(self, lab):
+        app = train(lab())
+        app.slider(key="lora_rank").set_value(4)
+        finished(app)
+        assert "had other settings" in words(app)
+        assert app.session_state["_run_lora_run"].result_params.rank == 2
+        train(app)
+        assert app.session_state["_run_lora_run"].result_params.rank == 4
+        assert "had other settings" not in words(app)
+
+    def test_during_a_run_nothing_starts_another_and_cancel_keeps_what_was_learned(self, lab):
+        app = lab(steps=1000)
+        app.button(key="_lora_train").click().run()
+        end = time.monotonic() + SECONDS
+        while "So far the loss" not in words(app):  # 1000 steps, so that it is still under way
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            app.run()
+        assert app.button(key="_lora_train").disabled
+        assert not app.get("download_button")
+        app.session_state["lora_view"] = "Size"
+        app.run()
+        assert app.progress
+        assert app.session_state["_run_lora_run"].ticket is not None
+        app.session_state["lora_view"] = "Fine-tune"
+        app.run()
+        app.button(key="_cancel_lora_run").click()
+        finished(app)
+        assert "Cancelled after step" in words(app)
+        assert not app.button(key="_lora_train").disabled
+        assert [button.label for button in app.get("download_button")] == ["Save adapter"]
+
+    def test_a_rate_that_is_too_high_is_named(self, lab):
+        app = train(lab(learning_rate=10, steps=60))
+        assert "Training diverged at step" in words(app)
+        assert "What was learned until then is shown" in words(app)
+        assert "The weights moved by" in words(look(app, "Inside the update"))
+
+
+class TestInside:
+    def test_there_is_nothing_before_a_run(self, lab):
+        assert "no update to look into yet" in words(lab(view="Inside the update"))
+
+    @pytest.mark.parametrize("method", ["LoRA", "DoRA", "PiSSA", "full fine-tuning"])
+    def test_every_method_has_its_maps_and_its_spectrum(self, lab, method):
+        app = train(lab(view="Inside the update", method=method))
+        found = app.session_state["_run_lora_run"].result
+        table = np.array(app.session_state["_run_lora_run"].result.relative_norm)
+        assert f"{label(found.layers[int(table.argmax())])}" in words(app)
+        assert f"is {found.effective_rank[table.argmax()]:.1f}; over all matrices" in words(app)
+        if method == "full fine-tuning":
+            assert "no gradients of theirs" in words(app)
+        elif method == "PiSSA":
+            assert "not 0: PiSSA starts from the weight's own directions" in words(app)
+        else:
+            assert found.grad_norm_a[0] == 0
+            assert "A's gradient is exactly 0" in words(app)
+            assert "Merged, W + ΔW is one matrix again" in words(app)
+
+    def test_another_matrix_is_opened(self, lab):
+        app = train(lab(view="Inside the update"))
+        found = app.session_state["_run_lora_run"].result
+        app.selectbox(key="lora_layer").set_value(found.layers[3])
+        finished(app)
+        assert f"{label(found.layers[3]).capitalize()}: the strongest direction" in words(app)
+        assert spec(app, "lora_inside_spectrum")["data"][1]["name"] == label(found.layers[3])
+
+
+class TestPredicting:
+    def test_the_share_is_told_after_the_guess(self, lab):
+        app = lab(tab="Predict", rank=8)
+        assert "233,472 of" not in words(app)
+        app = lab(tab="Predict", rank=8, share="10%")
+        assert "It is 4%: 233,472 of" in words(app)
+
+    def test_the_guess_lies_beside_what_was_measured(self, lab):
+        app = lab(tab="Predict", guess=0, steps=40, learning_rate=0.01)
+        assert "Set your guess" in words(app)
+        train(app)
+        assert "You said 0%, it is 100% after step 40: the model learned more than you expected" in words(app)
+        app.slider(key="lora_guess").set_value(95)
+        finished(app)
+        assert "well guessed" in words(app)
+
+
+def points():
+    """Runs of ranks 1 to 64 and of all weights: quality grows with the rank, the last of the adapters diverged."""
+    return [
+        lora_sweep.Point(rank, 29_184 * (rank or 198), 5e-3, 2 / (rank or 64), 0.5, accuracy, 3.0, rank == 64)
+        for rank, accuracy in ((1, 0.4), (2, 0.6), (4, 0.8), (8, 0.9), (16, 0.93), (32, 0.94), (64, 0.0), (None, 0.92))
+    ]
+
+
+class TestSweep:
+    @pytest.fixture
+    def opened(self, runtime):
+        """The view on a runtime in threads, where a sweep shows its points and waits to be told to end."""
+        self.going, self.asked = threading.Event(), []
+
+        def run(params, job):
+            self.asked.append(params)
+
+            def result(count, ended):
+                return lora_sweep.Result(points()[:count], 8, ended, "All runs are done.", "Test CPU", {"torch": "2"})
+
+            job.show(lambda: result(3, "running"))
+            self.going.wait(SECONDS)
+            return result(8, "finished")
+
+        runtime.stand_ins["lora_sweep"] = run
+        app = AppTest.from_file(str(APP), default_timeout=SECONDS).run()
+        app.switch_page("app_pages/lora.py")
+        app.query_params.update({"lora_view": "Sweep", "lora_rank": "2"})
+        return app.run()
+
+    def test_points_appear_as_they_come_and_the_rank_is_ringed(self, opened):
+        app = opened
+        assert "trains 198 times as many" in words(app)
+        app.button(key="_lora_sweep").click().run()
+        app.run()
+        assert "3 of 8 runs are done" in words(app)
+        assert spec(app, "lora_sweep")["data"][0]["text"] == ["1", "2", "4"]
+        assert app.button(key="_lora_sweep").disabled
+        self.going.set()
+        finished(app)
+        assert len(self.asked) == 1
+        drawn = spec(app, "lora_sweep")["data"]
+        assert drawn[0]["text"][-1] == "full"
+        assert drawn[3]["x"] == [2 * 29_184]
+        assert "Best on paraphrases: rank 32 with 94%" in words(app)
+        assert "Rank 8 gets 90% with 4 times fewer. Rank 64 diverged." in words(app)
+        app.slider(key="lora_rank").set_value(16)
+        finished(app)
+        assert len(self.asked) == 1
+        assert spec(app, "lora_sweep")["data"][3]["x"] == [16 * 29_184]
+
+    def test_one_that_diverged_has_no_loss(self):
+        drawn = sweep.points(lora_sweep.Result(points(), 8, "finished", "", "", {}))
+        assert [math.isnan(point.loss) for point in drawn] == [point.rank == 64 for point in points()]
+
+    def test_the_axis_has_room_for_all_from_the_start(self):
+        low, high = sweep.span(lora_sweep.Params())
+        assert (low, high) == (29_184, _lora.SHAPES[0].num_parameters)
+        assert sweep.span(lora_sweep.Params(ranks=(8,), with_full=False)) == (8 * 29_184, 16 * 29_184)
+
+
+@pytest.fixture
+def log():
+    """The recording of the training steps, as it is in its file."""
+    return json.loads((APP.parent / "engine/recorded/lora_training_step_h200.json").read_text(encoding="utf-8"))
+
+
+def said_of(log, run, way):
+    """(median in ms, peak in GB) of one row of one run."""
+    row = next(row for row in log["runs"][run]["rows"] if row["row"] == way)
+    return row["evidence"]["median_ms"], row["peak_mb"] / 1e3
+
+
+class TestSpeed:
+    def test_every_bar_is_the_last_that_was_recorded(self, lab, log):
+        app = lab(view="Speed")
+        times, memory, *_ = spec(app, "lora_speed")["data"]
+        found = _lora.recorded_steps()
+        newest = {row["row"]: row for run in log["runs"] for row in run["rows"]}
+        assert {way: cost.median_ms for way, cost in found.latest.items()} == {
+            way: row["evidence"]["median_ms"] for way, row in newest.items()
+        }
+        assert sorted(times["x"]) == sorted(
+            [log["runs"][-1]["floor"]["floor_ms"], *(row["evidence"]["median_ms"] for row in newest.values())]
+        )
+        assert sorted(memory["x"]) == pytest.approx(sorted(row["peak_mb"] / 1e3 for row in newest.values()))
+
+    def test_it_says_where_and_when_and_what_each_run_was(self, lab, log):
+        said = words(lab(view="Speed"))
+        for part in ("H200", log["recorded"], "torch 2.11", "peft 0.21", "batch 4 × 1024, rank 16"):
+            assert part in said
+        assert all(run["note"] in said for run in log["runs"])
+
+    def test_the_hatched_are_those_of_the_earlier_run(self, lab, log):
+        times = spec(lab(view="Speed"), "lora_speed")["data"][0]
+        hatched = {x for x, shape in zip(times["x"], times["marker"]["pattern"]["shape"], strict=True) if shape}
+        assert hatched == {said_of(log, 0, way)[0] for way in ("ours compiled", "PEFT compiled")}
+
+    def test_the_sentence_compares_equal_code_and_says_when_it_is_not(self, log):
+        said = speed.speed_sentence(_lora.recorded_steps())
+        pairs = {
+            ("ours, Decoder", "PEFT", 1): "2.0",
+            ("ours", "PEFT", 1): "1.4",
+            ("ours, Decoder", "PEFT, Decoder", 1): "1.7",
+            ("ours compiled", "PEFT compiled", 0): "1.3",
+        }
+        for (ours, theirs, run), times in pairs.items():
+            (fast, light), (slow, heavy) = said_of(log, run, ours), said_of(log, run, theirs)
+            assert f"{slow / fast:.1f}" == times
+            assert f"{fast:.1f} against {slow:.1f} ms, {times}×" in said
+            assert f"{light:.1f} against {heavy:.1f} GB" in said
+
+    def test_it_does_not_hide_where_lora_is_slower_than_full_fine_tuning(self, log):
+        said = speed.saving_sentence(_lora.recorded_steps())
+        for way in ("full", "ours", "PEFT"):
+            assert f"{said_of(log, 1, way)[0]:.1f}" in said
+        assert said_of(log, 1, "full")[0] < said_of(log, 1, "ours")[0]
+        assert "more time than they save" in said
+
+    def test_losses_are_told_beside_how_far_repeated_runs_lie_apart(self):
+        found = _lora.recorded_steps()
+        said = speed.loss_sentence(found)
+        assert "0.33" in said
+        assert "1.10" in said
+        assert "within the spread of repeated runs" in said
+        wider = found.loss_differences | {"ours, PEFT": 2.0}
+        assert "within" not in speed.loss_sentence(replace(found, loss_differences=wider))
+
+    def test_the_table_has_both_runs(self, log):
+        table = speed.table(_lora.recorded_steps())
+        assert len(table) == sum(len(run["rows"]) for run in log["runs"]) + 1
+        assert set(table["note"]) >= {run["note"] for run in log["runs"]}
+
+    def test_without_the_recording_it_says_so(self, lab, monkeypatch):
+        monkeypatch.setattr(_lora, "recorded_steps", lambda: None)
+        assert "recording is not there" in words(lab(view="Speed"))
+
+    def test_the_figure_can_be_taken_home(self, lab):
+        app = lab(view="Speed")
+        app.session_state["lora_speed_export"] = True
+        finished(app)
+        assert {"HTML, interactive", "Data as CSV"} <= {button.label for button in app.get("download_button")}
+
+
+def test_the_tests_tab_is_green_on_these_settings(lab):
+    app = lab(tab="Tests")
+    assert "properties hold on these settings" in app.success[0].value
+
+
+def test_the_code_tab_shows_the_product_and_the_spectrum(lab):
+    code = "\n".join(element.value for element in lab(tab="Code").code)
+    assert "def adapted_linears(" in code
+    assert "class _AdaptedLinears(" in code
+    assert "def backward(" in code
+    assert "def singular_values(" in code
+
+
+class TestBadInput:
+    def test_a_text_that_is_no_facts_is_one_sentence_and_stays(self, lab):
+        app = lab(facts="This is a story without a question.")
+        assert "is no fact: write" in words(app)
+        assert app.text_area(key="lora_facts").value == "This is a story without a question."
+
+    def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
+        app = lab(rank="banana", method="magic", learning_rate="fast")
+        for nonsense in ("banana", "magic", "fast"):
+            assert nonsense in words(app)
+
+    @pytest.mark.parametrize("name", ["../../etc", "0" * 32, "x"])
+    def test_an_adapter_that_is_not_here_is_said(self, lab, name):
+        assert "not on this machine" in words(lab(view="Your adapter", adapter=name))
+
+
+class File:
+    def __init__(self, name, content):
+        self.name, self._content = name, content
+
+    def getvalue(self):
+        return self._content
+
+
+def zipped(**members):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/").replace("_dot_", "."), content)
+    return File("it.zip", packed.getvalue())
+
+
+WEIGHTS, CONFIG = File(WEIGHTS_FILE, b"w"), File(CONFIG_FILE, b"{}")
+PACKED = {"folder__adapter_config_dot_json": b"{}", "folder__adapter_model_dot_safetensors": b"w"}
+
+
+class TestUpload:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            [WEIGHTS, CONFIG],
+            [File("mine.safetensors", b"w"), File("config (1).json", b"{}")],
+            [zipped(**PACKED, folder__README_dot_md=b"hello", tokenizer_dot_json=b"{}")],
+        ],
+    )
+    def test_both_files_are_found(self, given):
+        assert adapter_files(given) == {WEIGHTS_FILE: b"w", CONFIG_FILE: b"{}"}
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ([WEIGHTS], f"{CONFIG_FILE} is missing"),
+            ([], "are missing"),
+            ([WEIGHTS, WEIGHTS, CONFIG], "two files"),
+            ([File("adapter_model.bin", b"x")], "pickle"),
+            ([zipped(adapter_model_dot_bin=b"x")], "pickle"),
+            ([zipped(readme_dot_md=b"x")], "holds no adapter"),
+            ([File("a.zip", b"no zip at all")], "no readable zip"),
+            ([File("cat.png", b"x")], "no part of an adapter"),
+            ([zipped(**PACKED), CONFIG], "two files"),
+            ([zipped(adapter_model_dot_safetensors=bytes(MAX_MEGABYTES * 1_000_000 + 1))], "unpacks to more than"),
+        ],
+    )
+    def test_what_is_no_adapter_is_one_sentence(self, given, said):
+        with pytest.raises(InputError, match=said):
+            adapter_files(given)
+
+    @pytest.mark.parametrize("cut", [30, 60, 100])
+    def test_a_damaged_zip_is_one_sentence(self, cut):
+        whole = zipped(**PACKED).getvalue()
+        with pytest.raises(InputError, match="zip"):
+            adapter_files([File("it.zip", whole[:cut])])
+
+    def test_it_is_kept_once_under_what_it_holds(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+        first = local_models.keep_upload({"a": b"1", "b": b"2"})
+        assert local_models.keep_upload({"b": b"2", "a": b"1"}) == first
+        assert local_models.keep_upload({"a": b"12", "b": b""}) != first
+        assert local_models.uploaded(first.name) == first
+        assert (first / "b").read_bytes() == b"2"
+        assert len(list(first.parent.iterdir())) == 2
+
+    def test_the_oldest_are_forgotten(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+        monkeypatch.setattr(local_models, "_KEPT", 3)
+        kept = [local_models.keep_upload({"a": bytes([number])}) for number in range(5)]
+        assert [folder.is_dir() for folder in kept] == [False, False, True, True, True]
+
+    @pytest.mark.parametrize("name", ["..", "../x", "", "0" * 31, "A" * 32, "0" * 32 + "/.."])
+    def test_a_name_leads_nowhere_else(self, name):
+        assert local_models.uploaded(name) is None
+
+    def test_the_adapter_just_trained_is_opened_with_the_same_spectrum(self, lab):
+        app = look(train(lab()), "Your adapter")
+        found = app.session_state["_run_lora_run"].result
+        next(button for button in app.button if "just trained" in button.label).click()
+        finished(app)
+        opened = app.session_state["_run_lora_adapter_run"].result
+        assert opened.rank == 2
+        trained = dict(zip(map(label, found.layers), found.spectra, strict=True))
+        for name, sigma in zip(opened.layers, opened.spectra, strict=True):
+            np.testing.assert_allclose(sigma, trained[label(name)], rtol=1e-4, atol=1e-6)
+        assert app.query_params["lora_adapter"]
+        assert spec(app, "lora_uploaded_energy")["data"]
+
+    def test_a_file_with_nothing_in_it_is_a_sentence_of_the_engine(self, lab):
+        app = lab(view="Your adapter")
+        folder = local_models.keep_upload({WEIGHTS_FILE: b"junk", CONFIG_FILE: b'{"peft_type": "LORA", "r": 2}'})
+        app.query_params["lora_adapter"] = folder.name
+        finished(app)
+        assert "damaged or incomplete" in words(app)
+
+
+def test_every_start_of_the_lab_is_a_setting_that_there_is(lab):
+    for start in LORA.starts:
+        app = lab(**start.settings)
+        assert not app.warning
+        assert not app.error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("layers.3.self_attn.q_proj", "layer 3, q_proj"), ("lm_head", "layer 0, lm_head")]
+)
+def test_a_matrix_has_a_short_name(name, said):
+    assert label(name) == said
+
+
+def test_values_stand_at_their_layer_and_projection():
+    names = ["layers.10.a.q_proj", "layers.2.a.q_proj", "layers.2.a.v_proj"]
+    table, layers, projections = grid(names, np.array([1.0, 2.0, 3.0]))
+    assert (layers, projections) == ([2, 10], ["q_proj", "v_proj"])
+    np.testing.assert_array_equal(table, [[2, 3], [1, np.nan]])
+
+
+def test_views_are_named_once():
+    assert len(set(VIEWS)) == len(VIEWS) == 6
+
+
+@pytest.mark.parametrize(("part", "said"), [(0.0404, "4%"), (0.00021, "0.021%"), (1.0, "100%"), (0.996, "100%")])
+def test_shares_have_two_digits(part, said):
+    assert share(part) == said
+
+
+def test_the_time_of_smollm2_is_told_before_it_is_trained(lab):
+    app = lab(model="smollm2-135m", steps=150, batch_size=16)
+    assert "SmolLM2 takes about 5 minutes" in words(app)
+    assert "SmolLM2 takes" not in words(lab(steps=150))

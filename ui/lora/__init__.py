@@ -1,0 +1,1 @@
+"""The LoRA lab: what its page shows."""

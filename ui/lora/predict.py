@@ -1,0 +1,109 @@
+"""The Predict tab of the LoRA lab: say how small the update is and how much it teaches, then see."""
+
+from __future__ import annotations
+
+import math
+
+import streamlit as st
+
+from engine.experiments import lora
+from ui import chart, run, theme
+from ui.charts import training as charts
+from ui.lora.fine_tune import accuracy_sentence
+from ui.lora.settings import FULL, PREFIX, RUN, Settings, share
+from ui.prose import plain
+
+_HEIGHT = 340
+_SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)
+_CLOSE = 10  # percentage points
+
+
+def predict(given: Settings) -> None:
+    """Two guesses: one that arithmetic answers at once, one that only a run answers."""
+    _guess_share(given.params)
+    st.divider()
+    _guess_accuracy(given)
+
+
+def _guess_share(params: lora.Params) -> None:
+    what = "full fine-tuning" if params.method == FULL else f"rank {params.rank}"
+    st.markdown(f"**How small is it?** About what share of {plain(params.model)}'s numbers does {what} train?")
+    guess = st.segmented_control(
+        "Your guess of the share",
+        _SHARES,
+        format_func=lambda part: f"{100 * part:g}%",
+        key=f"{PREFIX}_share",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    if guess is None:
+        return
+    cost = params.predict()
+    part = cost.trainable / cost.parameters
+    words = f"It is {share(part)}: {cost.trainable:,} of {cost.parameters:,}."
+    if guess == min(_SHARES, key=lambda offered: abs(_decades(offered, part))):
+        st.success(plain(f"Right. {words}"), icon=":material/check_circle:")
+    else:
+        st.info(plain(f"You said {100 * guess:g}%. {words}"), icon=":material/lightbulb:")
+
+
+def _decades(one: float, other: float) -> float:
+    """log₁₀ of the ratio."""
+    return math.log10(one / other)
+
+
+def _guess_accuracy(given: Settings) -> None:
+    st.markdown(
+        f"**How much does it teach?** Before the training the model knows nothing of the town. How many questions will "
+        f"it answer rightly after {given.params.steps} steps, asked in words that it has never trained on?"
+    )
+    guess = st.slider(
+        "Your guess, of the paraphrases",
+        0,
+        100,
+        50,
+        5,
+        format="%d%%",
+        key=f"{PREFIX}_guess",
+        bind="query-params",
+    )
+    if given.params.facts.strip():
+        st.caption("Your own facts have no paraphrases: the guess is then of the questions themselves.")
+    if given.started is None:
+        st.caption("Set your guess, then press “Train”.")
+        return
+
+    def draw(found: lora.Result, params: lora.Params) -> None:
+        _verdict(found, guess)
+        if found.ended != "running" and params != given.params:
+            st.caption("The settings have changed since this run: guess again, then press “Train again”.")
+
+    run.watch("lora", given.started, draw, key=RUN, height=_HEIGHT)
+
+
+def _verdict(found: lora.Result, guess: int) -> None:
+    """The guess beside what was measured or, in a run that is under way, beside where it is."""
+    asked = found.held_out_accuracy if len(found.held_out_accuracy) else found.accuracy
+    name = "paraphrases" if len(found.held_out_accuracy) else "training questions"
+    if not len(asked):
+        st.info("The first answers come in a moment.", icon=":material/hourglass_top:")
+        return
+    measured = 100 * float(asked[-1])
+    words = f"You said {guess}%, it is {measured:.0f}% after step {found.checked[-1]}"
+    if found.ended == "running":
+        st.info(plain(f"{words} of {found.steps}."), icon=":material/hourglass_top:")
+    elif abs(guess - measured) <= _CLOSE:
+        st.success(plain(f"{words}: well guessed."), icon=":material/check_circle:")
+    else:
+        side = "more" if measured > guess else "less"
+        st.info(plain(f"{words}: the model learned {side} than you expected."), icon=":material/lightbulb:")
+    fig = charts.curves(
+        [charts.Line(name, found.checked, asked, 0)],
+        across="step",
+        up="answers right",
+        share=True,
+        marks=[(guess / 100, "your guess")],
+        span=(0, max(1, found.steps if found.ended == "running" else int(found.checked[-1]))),
+        mode=theme.mode(),
+    )
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=accuracy_sentence(found), height=_HEIGHT)

@@ -1,0 +1,180 @@
+"""The Speed view: what a training step costs on a GPU, as it was recorded."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from engine.experiments import _lora
+from engine.experiments._lora import RecordedSteps, StepCost
+from ui import chart, export, theme
+from ui.charts import lora as charts
+from ui.lora.settings import PREFIX, Settings, count
+from ui.prose import plain
+
+_HEIGHT = 640
+_BENCHMARK = "tests/benchmarks/lora_training_step.py"
+
+# Group, label and colour of each way of training, in the order in which they are drawn.
+_WAYS = {
+    "frozen": (1, "frozen, transformers' code, no adapters", None),
+    "ours, Decoder": (2, "ours, our Decoder", 0),
+    "ours": (2, "ours, transformers' code", 0),
+    "ours, Decoder compiled": (2, "ours, our Decoder, compiled", 0),
+    "ours compiled": (2, "ours, transformers' code, compiled", 0),
+    "PEFT, Decoder": (3, "PEFT, our Decoder", 1),
+    "PEFT": (3, "PEFT, transformers' code", 1),
+    "PEFT compiled": (3, "PEFT, transformers' code, compiled", 1),
+    "full, Decoder": (4, "full fine-tuning, our Decoder", 2),
+    "full": (4, "full fine-tuning, transformers' code", 2),
+}
+
+# Milliseconds of one step's kernels on an H200, from a profile of our Decoder before projections that read the same
+# input were computed together. The recording holds no profile: `--profile` of the benchmark prints one.
+_KERNELS_MS = {"mm": 25.4, "addmm": 7.6, "attention": 5.7}
+_ALL_KERNELS_MS = 63.7
+
+
+def speed(given: Settings) -> None:
+    """Times and memory of a step, and what they say."""
+    found = _lora.recorded_steps()
+    if found is None:
+        st.info("The recording is not there: engine/recorded is missing from this installation.")
+        return
+    st.caption(
+        plain(
+            f"Nothing is measured here, and the controls change nothing: {found.provenance}, transformers "
+            f"{found.versions['transformers'].rpartition('.')[0]}. A Llama-shaped model of {count(found.parameters)} "
+            f"parameters, {found.dtype}, {found.workload}, AdamW."
+        )
+    )
+    key = f"{PREFIX}_speed"
+    fig = charts.steps(bars(found), found.provenance, mode=theme.mode())
+    chart.figure(fig, key=key, sentence=speed_sentence(found), height=_HEIGHT)
+    export.export(fig, key=key, name="lora-speed", experiment="lora", params=given.params, data=lambda: table(found))
+    for heading, text in (
+        ("What LoRA saves.", saving_sentence(found)),
+        ("Where the rest goes.", rest_sentence(found)),
+        ("Same losses?", loss_sentence(found)),
+        ("Two runs.", runs_sentence(found)),
+    ):
+        st.markdown(f"**{heading}** {plain(text)}")
+    st.markdown(f"On a GPU of your own, `python {_BENCHMARK}` measures all of it again.")
+
+
+def bars(found: RecordedSteps) -> list[charts.StepBar]:
+    """The floor and every way that was recorded, as they are drawn."""
+    latest, last = found.latest, len(found.notes) - 1
+    floor = charts.StepBar("floor, by arithmetic", 0, found.floor_ms, None, None, None)
+    return [floor] + [
+        charts.StepBar(
+            label=label,
+            group=group,
+            median_ms=latest[way].median_ms,
+            spread_ms=(latest[way].low_ms, latest[way].high_ms),
+            peak_gb=_gigabytes(latest[way]),
+            colour=colour,
+            earlier=latest[way].run < last,
+        )
+        for way, (group, label, colour) in _WAYS.items()
+        if way in latest
+    ]
+
+
+def speed_sentence(found: RecordedSteps) -> str:
+    """Ours beside PEFT, on different and on equal code of the model, in words."""
+    cost = found.latest
+    return (
+        f"A step with ours in our Decoder beside one with PEFT in transformers' code: "
+        f"{_pair(cost['ours, Decoder'], cost['PEFT'])}. A part of that is the model's code; with both in transformers' "
+        f"it is {_pair(cost['ours'], cost['PEFT'])}; with both in our Decoder "
+        f"{_pair(cost['ours, Decoder'], cost['PEFT, Decoder'])}; with both in transformers' code and compiled "
+        f"{_pair(cost['ours compiled'], cost['PEFT compiled'])}. Bars are medians, whiskers go from the 10th to the "
+        "90th percentile, hatched bars are of the earlier run."
+    )
+
+
+def saving_sentence(found: RecordedSteps) -> str:
+    """What adapters save against full fine-tuning, and what they do not."""
+    cost = found.latest
+    full, ours = cost["full, Decoder"], cost["ours, Decoder"]
+    words = (
+        "The gradients of the weights and the optimizer's state, but not the forward pass nor the gradients of the "
+        f"activations. In our Decoder full fine-tuning takes {full.median_ms:.1f} ms and {_gigabytes(full):.1f} GB, "
+        f"LoRA {ours.median_ms:.1f} ms and {_gigabytes(ours):.1f} GB."
+    )
+    full, ours, peft = cost["full"], cost["ours"], cost["PEFT"]
+    times = f"{full.median_ms:.1f} ms full, {ours.median_ms:.1f} with ours, {peft.median_ms:.1f} with PEFT"
+    if full.median_ms < min(ours.median_ms, peft.median_ms):
+        return f"{words} In transformers' code, eager, adapters cost more time than they save: {times}."
+    return f"{words} In transformers' code it is {times}."
+
+
+def rest_sentence(found: RecordedSteps) -> str:
+    """What lies between the floor and the fastest eager step of ours, in words."""
+    ours = found.latest["ours, Decoder"]
+    other = _ALL_KERNELS_MS - sum(_KERNELS_MS.values())
+    words = (
+        f"The floor, {found.floor_ms:.0f} ms, is the model's two passes, forward and the gradient of the activations, "
+        "at the speed of a bfloat16 product of 8192³ measured in the same run; full fine-tuning adds a third. From "
+        f"there to {ours.median_ms:.0f} ms: norms, rotary embedding, attention, the loss over {found.vocab_size} "
+        "logits and the adapters' thin products calculate little for the bytes that they move, so that memory "
+        f"traffic bounds them. A profile of our Decoder before its projections were computed together had "
+        f"{_ALL_KERNELS_MS} ms of kernel time: {_KERNELS_MS['mm']} in plain products (mm), {_KERNELS_MS['addmm']} in "
+        f"products that add to a result (addmm), as the adapters' do, {_KERNELS_MS['attention']} in attention, "
+        f"{other:.1f} in everything else. And an eager step waits wherever the processor launches small kernels more "
+        "slowly than the GPU finishes them."
+    )
+    again = [cost.median_ms for cost in found.measured if cost.way == "PEFT"]
+    if len(again) > 1:
+        words += (
+            f" That the same step of PEFT took {' ms in one run and '.join(f'{ms:.1f}' for ms in again)} ms in the "
+            "other fits this."
+        )
+    return words
+
+
+def loss_sentence(found: RecordedSteps) -> str:
+    """Whether ours learns what PEFT learns, beside how far the same run lies from itself."""
+    ours, again = found.loss_differences["ours, PEFT"], found.loss_differences["PEFT, PEFT again"]
+    return (
+        f"Over {found.loss_steps} steps from the same start, in transformers' code, the losses of ours and of PEFT "
+        f"differ by {ours:.2f} at most; those of PEFT run twice by {again:.2f}. "
+        + ("That is within the spread of repeated runs." if ours <= again else "Repeated runs lie closer.")
+    )
+
+
+def runs_sentence(found: RecordedSteps) -> str:
+    """What is to be known about each run."""
+    *earlier, last = found.notes
+    return " ".join([*(f"Hatched: “{note}”" for note in earlier), f"All others: “{last}”"])
+
+
+def table(found: RecordedSteps) -> pd.DataFrame:
+    """Every way in every run, with the floor: the numbers behind the figure and those that a later run replaced."""
+    rows = [
+        {
+            "way": cost.way,
+            "median_ms": cost.median_ms,
+            "low_ms": cost.low_ms,
+            "high_ms": cost.high_ms,
+            "peak_gb": _gigabytes(cost),
+            "timed_steps": cost.timed,
+            "drawn": found.latest[cost.way] is cost,
+            "note": found.notes[cost.run],
+        }
+        for cost in found.measured
+    ]
+    floor = {"way": "floor", "median_ms": found.floor_ms, "drawn": True, "note": found.notes[-1]}
+    return pd.DataFrame([*rows, floor]).assign(provenance=found.provenance)
+
+
+def _pair(ours: StepCost, theirs: StepCost) -> str:
+    return (
+        f"{ours.median_ms:.1f} against {theirs.median_ms:.1f} ms, {theirs.median_ms / ours.median_ms:.1f}×, and "
+        f"{_gigabytes(ours):.1f} against {_gigabytes(theirs):.1f} GB"
+    )
+
+
+def _gigabytes(cost: StepCost) -> float:
+    return cost.peak_bytes / 1e9
