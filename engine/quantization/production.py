@@ -1,0 +1,216 @@
+"""A model in 4 or 8 bits for use: its linear layers become bitsandbytes' `Linear4bit` or `Linear8bitLt`.
+
+    small = quantize_model_4bit(model)   # a copy
+    small.quantization.left              # what kept its precision, and why
+    get_model_memory_mb(small)
+
+They run on the CPU and on CUDA, in training (of adapters beside them) and not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.quantization.layers import LeftAlone, Objection, Selection, copy_without_weights, select_layers
+from engine.quantization.outliers import THRESHOLD
+from engine.quantization.tensor import check_weights
+
+_BLOCK_SIZES = (64, 32)
+_BYTES_PER_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer in few bits.
+
+    Args:
+        name: of the layer.
+        shape: of its weight, (outputs, inputs).
+        nbytes: of its codes and scales.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · `nbytes` / weights, the layer's copy of the codebooks included, so that it is higher for small layers."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What happened to every matrix of a model.
+
+    Args:
+        quantized: layers in few bits.
+        left: parameters that kept their precision, and why.
+    """
+
+    quantized: tuple[QuantizedLayer, ...]
+    left: tuple[LeftAlone, ...]
+
+
+def quantize_model_4bit(
+    model: nn.Module, quant_type: Literal["nf4", "fp4"] = "nf4", double_quantization: bool = True
+) -> nn.Module:
+    """A copy of `model` whose linear layers hold 4-bit weights in blocks; `model` is not touched.
+
+    Each becomes a `bitsandbytes.nn.Linear4bit` that computes in its weight's dtype. What is left as it is, such as
+    embeddings, a head that shares the embedding's weights, and three-dimensional tensors of experts, is listed with the
+    reason in the copy's ``quantization``, a `QuantizationReport`.
+
+    Blocks have 64 weights, or 32 in layers whose inputs 64 does not divide. Layers whose inputs 32 does not divide are
+    left as they are: on CPUs with AVX512, bitsandbytes 0.50 dequantizes a matrix whose rows hold a fraction of a block
+    with the wrong blocks' scales, and with it most of its weights come out wrong.
+
+    On a CPU with AVX512-BF16 bitsandbytes would, at the first call in eval mode, undo double quantization, round the
+    scales to bfloat16 and refuse shapes that 32 and 64 do not divide; that path is off here, so that the weights are
+    the same on every CPU, and the memory what was counted.
+
+    Args:
+        model: on the CPU or CUDA, in any floating-point dtype.
+        quant_type: NormalFloat or bitsandbytes' FP4.
+        double_quantization: whether scales are quantized as well: 4.127 bits a weight instead of 4.5.
+
+    Raises:
+        InputError: no linear layer, or a weight that is not finite (the message says where).
+    """
+
+    def make(linear: nn.Linear) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        layer = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=double_quantization,
+            quant_type=quant_type,
+            device="meta",
+        )
+        layer.weight = Params4bit(
+            linear.weight.detach(),
+            requires_grad=False,
+            blocksize=next(size for size in _BLOCK_SIZES if linear.in_features % size == 0),
+            compress_statistics=double_quantization,
+            quant_type=quant_type,
+            module=layer,
+        ).to(linear.weight.device)
+        layer.support_avx512bf16_for_cpu = False
+        return layer
+
+    return _replace_layers(model, make, _object_to_ragged)
+
+
+def quantize_model_8bit(model: nn.Module, threshold: float = THRESHOLD) -> nn.Module:
+    """A copy of `model` whose linear layers hold int8 weights, one scale an output; `model` is not touched.
+
+    Each becomes a `bitsandbytes.nn.Linear8bitLt` with LLM.int8's split of activations. The rest as
+    `quantize_model_4bit`.
+
+    Args:
+        model: on the CPU or CUDA, in any floating-point dtype.
+        threshold: from which magnitude on an activation is multiplied in full; 0 for never.
+
+    Raises:
+        InputError: as `quantize_model_4bit`.
+    """
+
+    def make(linear: nn.Linear) -> nn.Module:
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        layer = Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            has_fp16_weights=False,
+            threshold=threshold,
+            device="meta",
+        )
+        unquantized = Int8Params(linear.weight.detach().cpu(), requires_grad=False)
+        layer.weight = unquantized.to(linear.weight.device)  # it quantizes on its way from the CPU
+        return layer
+
+    return _replace_layers(model, make)
+
+
+def get_model_memory_mb(model: nn.Module) -> float:
+    """Parameters and buffers of `model` in MB of 10⁶ bytes, shared ones once, quantized ones with all they carry."""
+    return _nbytes(_tensors(model)) / _BYTES_PER_MB
+
+
+@torch.no_grad()
+def _replace_layers(
+    model: nn.Module, make: Callable[[nn.Linear], nn.Module], objection: Objection | None = None
+) -> nn.Module:
+    selection = select_layers(model, objection)
+    for name, linear in selection.chosen.items():
+        check_weights(linear.weight, f"The weights of {name}")
+    duplicate = copy_without_weights(model, selection)
+    made = {}
+    for name, linear in selection.chosen.items():
+        layer = make(linear)
+        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.clone(), linear.bias.requires_grad)
+        made[name] = layer.train(linear.training)
+    duplicate = _put(model, duplicate, selection, made)
+    duplicate.quantization = QuantizationReport(
+        tuple(
+            QuantizedLayer(name, tuple(selection.chosen[name].weight.shape), _nbytes(_quantization_tensors(layer)))
+            for name, layer in made.items()
+        ),
+        selection.left,
+    )
+    return duplicate
+
+
+def _object_to_ragged(name: str, linear: nn.Linear) -> str | None:
+    if linear.in_features % _BLOCK_SIZES[-1] == 0:
+        return None
+    return (
+        f"Its rows of {linear.in_features} weights do not hold a whole number of blocks of {_BLOCK_SIZES[-1]}: "
+        "bitsandbytes' CPU kernel would read other blocks' scales."
+    )
+
+
+def _put(model: nn.Module, duplicate: nn.Module, selection: Selection, made: dict[str, nn.Module]) -> nn.Module:
+    """The copy with the new layers under every name that leads to the old ones in `model`."""
+    if "" in made:
+        return made[""]  # the model is a linear layer itself
+    first = {id(linear): name for name, linear in selection.chosen.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in first:
+            duplicate.set_submodule(name, made[first[id(module)]])
+    return duplicate
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from _quantization_tensors(module)
+
+
+def _quantization_tensors(module: nn.Module) -> list[Tensor]:
+    """Codes, scales and codebooks of one of bitsandbytes' layers; nothing for another."""
+    weight = module._parameters.get("weight")
+    if hasattr(weight, "SCB"):
+        state = module.state
+        return [tensor for tensor in (weight.data, weight.SCB, state.CB, state.SCB) if tensor is not None]
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return []
+    inner: Any = state.state2
+    second = [inner.absmax, inner.code, state.offset] if state.nested else []
+    return [weight.data, state.absmax, state.code, *second]
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """What they take together, those that lie in the same place once."""
+    return sum({(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in tensors}.values())

@@ -1,0 +1,103 @@
+"""The paged optimizer, and the model that shows what it is for."""
+
+import gc
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from engine import PagedAdamW, create_large_test_model, optim, simulate_training_step
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class TestOnTheCPU:
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_is_adamw_step_by_step(self, seed, grouped):
+        models, losses = [], []
+        for make in (torch.optim.AdamW, PagedAdamW):
+            torch.manual_seed(seed)
+            model = nn.Linear(6, 6)
+            params = [{"params": iter([model.weight]), "weight_decay": 0.5}, {"params": model.bias}]
+            optimizer = make(params if grouped else model.parameters(), lr=0.01)
+            x = torch.randn(4, 6)
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                optimizer.step()
+            models.append(model)
+            losses.append(loss.item())
+        assert losses[0] == losses[1]
+        for plain, paged in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(plain, paged)
+
+    def test_says_once_that_it_is_plain(self, caplog):
+        optim._say_plain.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                PagedAdamW(nn.Linear(2, 2).parameters())
+        assert len([record for record in caplog.records if "plain AdamW" in record.message]) == 1
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the model goes to CUDA")
+    @pytest.mark.parametrize("large_batch", [False, True])
+    def test_steps_train_the_test_model(self, large_batch):
+        torch.manual_seed(0)
+        model = create_large_test_model()
+        optimizer = PagedAdamW(model.parameters(), lr=1e-2)
+        losses = [simulate_training_step(model, optimizer, large_batch) for _ in range(20)]
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_a_failed_step_leaves_neither_gradients_nor_state_nor_its_frames(self):
+        """Running out of memory is played here: the second step's update raises what CUDA's allocator does."""
+        model = nn.Sequential(nn.Linear(4, 4, bias=False))
+        optimizer = torch.optim.AdamW(model.parameters())
+        simulate_training_step(model, optimizer)
+        assert optimizer.state
+        ordinary = optimizer.step
+
+        def run_out():
+            ordinary()
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        optimizer.step = run_out
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory") as raised:
+            simulate_training_step(model, optimizer)
+        assert not optimizer.state
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert raised.value.__context__ is None  # whose traceback would keep the step's tensors alive
+        assert "_step" not in [entry.name for entry in raised.traceback]
+
+
+@needs_gpu
+@pytest.mark.gpu
+class TestOnCUDA:
+    @pytest.mark.parametrize("large_batch", [False, True])
+    def test_plain_adamw_runs_out_where_paged_completes(self, large_batch):
+        before = torch.cuda.get_per_process_memory_fraction()
+        model = create_large_test_model()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            simulate_training_step(model, torch.optim.AdamW(model.parameters()), large_batch)
+        paged = PagedAdamW(model.parameters())
+        losses = [simulate_training_step(model, paged, large_batch) for _ in range(3)]
+        assert all(loss == pytest.approx(loss) for loss in losses)  # none is NaN
+        del model, paged
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(before)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_paged_adamw_is_adamw(self, seed):
+        weights = []
+        for make in (torch.optim.AdamW, PagedAdamW):
+            torch.manual_seed(seed)
+            model = nn.Linear(512, 512, bias=False, device="cuda")  # large enough to be paged
+            optimizer = make(model.parameters(), lr=1e-2)
+            for _ in range(5):
+                optimizer.zero_grad()
+                model(torch.randn(8, 512, device="cuda")).square().mean().backward()
+                optimizer.step()
+            weights.append(model.weight.detach())
+        torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-4)
