@@ -202,6 +202,8 @@ class RecordedSteps:
         notes: of each run, what is to be known about it; the last run is of the code as it is.
         floor_ms: the arithmetic of the model's forward pass and of its activations' gradient, at the speed of one large
             product, both of the last run.
+        kernels_ms: of one step of our Decoder, by kind of kernel, from a profile in the first run.
+        all_kernels_ms: all of them.
         loss_differences: largest over `loss_steps` steps from one start, nats a token, by what is compared.
         loss_steps: how many.
         parameters: of the model.
@@ -215,6 +217,8 @@ class RecordedSteps:
     measured: tuple[StepCost, ...]
     notes: tuple[str, ...]
     floor_ms: float
+    kernels_ms: dict[str, float]
+    all_kernels_ms: float
     loss_differences: dict[str, float]
     loss_steps: int
     parameters: int
@@ -260,6 +264,8 @@ def recorded_steps() -> RecordedSteps | None:
         ),
         notes=tuple(run["note"] for run in runs),
         floor_ms=runs[-1]["floor"]["floor_ms"],
+        kernels_ms=runs[0]["profile"]["kernels_ms"],
+        all_kernels_ms=runs[0]["profile"]["all_kernels_ms"],
         loss_differences=losses["largest_difference"],
         loss_steps=len(losses["runs"]["ours"]),
         parameters=max(row["trainable"] for _, row in rows),

@@ -157,31 +157,44 @@ BARS = [
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_s_bars_are_its_time_and_its_memory_side_by_side(mode):
-    times, memory, *_ = charts.steps(BARS, "recorded", mode=mode).data
-    assert list(times.x) == [22, 62, 59, 124]
-    np.testing.assert_allclose(np.array(times.x) + times.error_x.array, [22, 71, 59.5, 128])
-    np.testing.assert_allclose(np.array(times.x) - times.error_x.arrayminus, [22, 60, 58.5, 124])
+    times, memory, floor, *_ = charts.steps(BARS, "recorded", mode=mode).data
+    assert list(times.x) == [62, 59, 124]
+    np.testing.assert_allclose(np.array(times.x) + times.error_x.array, [71, 59.5, 128])
+    np.testing.assert_allclose(np.array(times.x) - times.error_x.arrayminus, [60, 58.5, 124])
     assert list(memory.x) == [10.4, 9.0, 15.9]
-    assert list(memory.y) == list(times.y)[1:]
-    assert times.marker.color[1] == times.marker.color[2] != times.marker.color[3]
-    assert set(times.marker.color[1:]) <= set(theme.CATEGORIES[mode])
-    assert memory.marker.color == times.marker.color[1:]
+    assert list(memory.y) == list(times.y)
+    assert times.marker.color[0] == times.marker.color[1] != times.marker.color[2]
+    assert set(times.marker.color) <= set(theme.CATEGORIES[mode])
+    assert memory.marker.color == times.marker.color
+    assert list(floor.x) == [22]
+    assert floor.error_x.array is None  # arithmetic has no spread
 
 
 def test_what_an_earlier_run_measured_is_hatched_and_only_that():
-    times, memory, *_ = charts.steps(BARS, "recorded").data
-    assert [bool(shape) for shape in times.marker.pattern.shape] == [False, False, True, False]
-    assert [bool(shape) for shape in memory.marker.pattern.shape] == [False, True, False]
+    for trace in charts.steps(BARS, "recorded").data[:2]:
+        assert [bool(shape) for shape in trace.marker.pattern.shape] == [False, True, False]
+
+
+def test_every_number_stands_right_of_its_whisker():
+    *_, times, memory = charts.steps(BARS, "recorded").data
+    assert list(zip(times.x, [float(text) for text in times.text], strict=True)) == [
+        (22, 22),
+        (71, 62),
+        (59.5, 59),
+        (128, 124),
+    ]
+    assert [float(text) for text in memory.text] == list(memory.x) == [10.4, 9.0, 15.9]
 
 
 def test_steps_stand_in_their_groups_each_under_its_label_and_say_where_they_were_recorded():
     fig = charts.steps(BARS, "recorded on a GPU")
-    heights = fig.data[0].y
-    floor, eager, compiled, peft = heights
+    eager, compiled, peft = fig.data[0].y
+    (floor,) = fig.data[2].y
     assert floor < eager < compiled < peft
     assert fig.layout.yaxis.range[0] > fig.layout.yaxis.range[1]  # downwards
     assert compiled - eager < min(eager - floor, peft - compiled)
     said = {note.text: note.y for note in fig.layout.annotations}
-    assert all(said[bar.label] <= height for bar, height in zip(BARS, heights, strict=True))
+    heights = (floor, eager, compiled, peft)
+    assert all(said[bar.label] < height for bar, height in zip(BARS, heights, strict=True))
     assert any("recorded on a GPU" in text for text in said)
     assert fig.layout.xaxis.range[1] > 128

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -44,6 +45,29 @@ class SweepPoint:
     held_out_accuracy: float
     accuracy: float
     rank: int | None
+
+
+@dataclass(frozen=True)
+class StepBar:
+    """What a training step costs one way of training.
+
+    Args:
+        label: of the way.
+        group: ways of one group stand closer together.
+        median_ms: milliseconds a step.
+        spread_ms: 10th and 90th percentile; None for what is calculated and not measured.
+        peak_gb: memory in GB of 10^9 bytes; None likewise.
+        colour: index into `theme.CATEGORIES`; None is the grey of what learns nothing.
+        earlier: measured in an earlier run than the others; is hatched.
+    """
+
+    label: str
+    group: int
+    median_ms: float
+    spread_ms: tuple[float, float] | None
+    peak_gb: float | None
+    colour: int | None
+    earlier: bool = False
 
 
 def to_scale(inputs: int, outputs: int, rank: int, *, mode: theme.Mode = "light") -> go.Figure:
@@ -359,66 +383,70 @@ def steps(bars: Sequence[StepBar], note: str, *, mode: theme.Mode = "light") -> 
     there is no room beside them.
 
     Args:
-        bars: from top to bottom.
+        bars: from top to bottom, one of them measured.
         note: stands below the axes: where and when this was recorded.
         mode: light or dark.
     """
     surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
-    between = [_BETWEEN * (bar.group != before.group) for before, bar in zip(bars, bars[1:], strict=False)]
+    between = [_BETWEEN * (bar.group != before.group) for before, bar in pairwise(bars)]
     heights = [place + gap for place, gap in enumerate(np.cumsum([0.0, *between]).tolist())]
-    low, high = zip(*(bar.spread_ms or (bar.median_ms, bar.median_ms) for bar in bars), strict=True)
-    weighed = [place for place, bar in enumerate(bars) if bar.peak_gb is not None]
-
-    def marker(places: Sequence[int]) -> dict[str, object]:
-        fills = [bars[place].colour for place in places]
-        return {
-            "color": [surface.muted if fill is None else colours[fill] for fill in fills],
-            "pattern": {
-                "shape": ["/" if bars[place].earlier else "" for place in places],
-                "fgcolor": surface.paper,
-                "fillmode": "overlay",
-                "size": 7,
-            },
-        }
-
+    placed = list(zip(bars, heights, strict=True))
+    measured = [(bar, height) for bar, height in placed if bar.spread_ms is not None]
+    calculated = [(bar, height) for bar, height in placed if bar.spread_ms is None]
+    marker = {
+        "color": [surface.muted if bar.colour is None else colours[bar.colour] for bar, _ in measured],
+        "pattern": {
+            "shape": ["/" if bar.earlier else "" for bar, _ in measured],
+            "fgcolor": surface.paper,
+            "fillmode": "overlay",
+            "size": 7,
+        },
+    }
+    shared = {"y": [height for _, height in measured], "marker": marker}
     fig = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.64, 0.36], horizontal_spacing=0.06)
     fig.add_bar(
-        x=[bar.median_ms for bar in bars],
-        y=heights,
-        marker=marker(range(len(bars))),
+        x=[bar.median_ms for bar, _ in measured],
         error_x={
-            "array": [top - bar.median_ms for bar, top in zip(bars, high, strict=True)],
-            "arrayminus": [bar.median_ms - bottom for bar, bottom in zip(bars, low, strict=True)],
+            "array": [bar.spread_ms[1] - bar.median_ms for bar, _ in measured],
+            "arrayminus": [bar.median_ms - bar.spread_ms[0] for bar, _ in measured],
             "color": surface.ink,
             "thickness": 1.5,
             "width": 4,
         },
-        customdata=[
-            [bar.label, f", {bar.spread_ms[0]:.1f} to {bar.spread_ms[1]:.1f}" if bar.spread_ms else ""] for bar in bars
-        ],
-        hovertemplate="%{customdata[0]}<br>%{x:.1f} ms%{customdata[1]}<extra></extra>",
+        customdata=[[bar.label, *bar.spread_ms] for bar, _ in measured],
+        hovertemplate="%{customdata[0]}<br>%{x:.1f} ms, %{customdata[1]:.1f} to %{customdata[2]:.1f}<extra></extra>",
+        **shared,
         row=1,
         col=1,
     )
     fig.add_bar(
-        x=[bars[place].peak_gb for place in weighed],
-        y=[heights[place] for place in weighed],
-        marker=marker(weighed),
-        customdata=[bars[place].label for place in weighed],
+        x=[bar.peak_gb for bar, _ in measured],
+        customdata=[bar.label for bar, _ in measured],
         hovertemplate="%{customdata}<br>%{x:.1f} GB<extra></extra>",
+        **shared,
         row=1,
         col=2,
     )
-    numbers = [(1, [*high], heights, [bar.median_ms for bar in bars])]
-    if weighed:
-        column = fig.data[1]
-        numbers.append((2, column.x, column.y, column.x))
-    for column, ends, places, values in numbers:
+    fig.add_bar(
+        x=[bar.median_ms for bar, _ in calculated],
+        y=[height for _, height in calculated],
+        marker={"color": surface.muted},
+        customdata=[bar.label for bar, _ in calculated],
+        hovertemplate="%{customdata}<br>%{x:.1f} ms<extra></extra>",
+        row=1,
+        col=1,
+    )
+    ends = [bar.median_ms if bar.spread_ms is None else bar.spread_ms[1] for bar in bars]
+    weights = [bar.peak_gb for bar, _ in measured]
+    for column, right, up, values in (
+        (1, ends, heights, [bar.median_ms for bar in bars]),
+        (2, weights, shared["y"], weights),
+    ):
         fig.add_scatter(
-            x=ends,
-            y=places,
+            x=right,
+            y=up,
             mode="text",
-            text=[f" {value:.1f}" for value in values],
+            text=[f"\u00a0{value:.1f}" for value in values],
             textposition="middle right",
             textfont={"color": surface.ink, "size": 12},
             cliponaxis=False,
@@ -440,21 +468,21 @@ def steps(bars: Sequence[StepBar], note: str, *, mode: theme.Mode = "light") -> 
                 "yref": "paper",
                 "x": 0,
                 "y": 0,
-                "yshift": -46,
+                "yshift": -44,
                 "yanchor": "top",
+                "align": "left",
                 **label,
                 "font": {"size": 12, "color": surface.muted},
             }
         ],
-        margin={"l": 10, "r": 16, "t": 8, "b": 74},
+        margin={"l": 10, "r": 16, "t": 8, "b": 84},
         showlegend=False,
         dragmode=False,
     )
     fig.update_yaxes(visible=False, range=[heights[-1] + 0.5, -0.8], fixedrange=True)
-    fig.update_xaxes(range=[0, 1.25 * max(high)], title="ms a step", nticks=5, row=1, col=1)
-    memory = max((bars[place].peak_gb for place in weighed), default=1.0)
-    fig.update_xaxes(range=[0, 1.4 * memory], title="GB at the peak", nticks=4, row=1, col=2)
-    fig.update_xaxes(fixedrange=True)
+    fig.update_xaxes(range=[0, 1.25 * max(ends)], title="ms a step", nticks=5, row=1, col=1)
+    fig.update_xaxes(range=[0, 1.4 * max(weights)], title="GB at the peak", nticks=4, row=1, col=2)
+    fig.update_xaxes(title_standoff=4, fixedrange=True)
     return fig
 
 

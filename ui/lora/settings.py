@@ -17,7 +17,6 @@ PREFIX = LORA.url_path
 RUN = f"{PREFIX}_run"
 FULL = "full fine-tuning"
 SIZE, FINE_TUNE, INSIDE, SWEEP, ADAPTER = "Size", "Fine-tune", "Inside the update", "Sweep", "Your adapter"
-VIEWS = (SIZE, FINE_TUNE, INSIDE, SWEEP, ADAPTER)
 VIEW = f"{PREFIX}_view"
 _JOINED = "\u00a0"
 _STARTED = f"_{PREFIX}_started"

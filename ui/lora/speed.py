@@ -29,11 +29,6 @@ _WAYS = {
     "full": (4, "full fine-tuning, transformers' code", 2),
 }
 
-# Milliseconds of one step's kernels on an H200, from a profile of our Decoder before projections that read the same
-# input were computed together. The recording holds no profile: `--profile` of the benchmark prints one.
-_KERNELS_MS = {"mm": 25.4, "addmm": 7.6, "attention": 5.7}
-_ALL_KERNELS_MS = 63.7
-
 
 def speed(given: Settings) -> None:
     """Times and memory of a step, and what they say."""
@@ -43,13 +38,14 @@ def speed(given: Settings) -> None:
         return
     st.caption(
         plain(
-            f"Nothing is measured here, and the controls change nothing: {found.provenance}, transformers "
+            f"Nothing is measured here, and the controls change nothing here: {found.provenance}, transformers "
             f"{found.versions['transformers'].rpartition('.')[0]}. A Llama-shaped model of {count(found.parameters)} "
             f"parameters, {found.dtype}, {found.workload}, AdamW."
         )
     )
     key = f"{PREFIX}_speed"
-    fig = charts.steps(bars(found), found.provenance, mode=theme.mode())
+    note = f"{found.provenance}<br>hatched: an earlier run"
+    fig = charts.steps(bars(found), note, mode=theme.mode())
     chart.figure(fig, key=key, sentence=speed_sentence(found), height=_HEIGHT)
     export.export(fig, key=key, name="lora-speed", experiment="lora", params=given.params, data=lambda: table(found))
     for heading, text in (
@@ -113,15 +109,15 @@ def saving_sentence(found: RecordedSteps) -> str:
 def rest_sentence(found: RecordedSteps) -> str:
     """What lies between the floor and the fastest eager step of ours, in words."""
     ours = found.latest["ours, Decoder"]
-    other = _ALL_KERNELS_MS - sum(_KERNELS_MS.values())
+    kernels, other = found.kernels_ms, found.all_kernels_ms - sum(found.kernels_ms.values())
     words = (
         f"The floor, {found.floor_ms:.0f} ms, is the model's two passes, forward and the gradient of the activations, "
-        "at the speed of a bfloat16 product of 8192³ measured in the same run; full fine-tuning adds a third. From "
-        f"there to {ours.median_ms:.0f} ms: norms, rotary embedding, attention, the loss over {found.vocab_size} "
+        "at the speed of a bfloat16 product of 8192³ measured in the same run; full fine-tuning needs a third. From "
+        f"there to {ours.median_ms:.0f} ms: norms, rotary embedding, attention, the loss over {found.vocab_size:,} "
         "logits and the adapters' thin products calculate little for the bytes that they move, so that memory "
         f"traffic bounds them. A profile of our Decoder before its projections were computed together had "
-        f"{_ALL_KERNELS_MS} ms of kernel time: {_KERNELS_MS['mm']} in plain products (mm), {_KERNELS_MS['addmm']} in "
-        f"products that add to a result (addmm), as the adapters' do, {_KERNELS_MS['attention']} in attention, "
+        f"{found.all_kernels_ms:.1f} ms of kernel time: {kernels['mm']} in plain products (mm), {kernels['addmm']} in "
+        f"products that add to a result (addmm), as the adapters' do, {kernels['attention']} in attention, "
         f"{other:.1f} in everything else. And an eager step waits wherever the processor launches small kernels more "
         "slowly than the GPU finishes them."
     )
