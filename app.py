@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from ui import device, theme
+from ui import chart, device, theme
 from ui.labs import LABS
 
 STATIC = Path(__file__).parent / "ui" / "static"
@@ -28,5 +28,6 @@ st.set_page_config(page_title=f"{page.title} · Transformer Workbench")
 with st.sidebar:
     device.badge()
 
+chart.hide_toolbars()
 page.run()
 theme.follow()

@@ -12,27 +12,31 @@ from plotly.basedatatypes import BaseFigure
 from ui import theme
 from ui.prose import plain
 
-_CONFIG = {
-    "displaylogo": False,
-    "displayModeBar": "hover",
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
-}
+# Of Plotly's toolbar `ui.export` needs the camera; nobody is to see it, for it lies over the legend.
+_CONFIG = {"displayModeBar": True, "modeBarButtons": [["toImage"]], "displaylogo": False}
 
 _TEMPLATES = {name: pio.templates[name].to_plotly_json() for name in ("workbench_light", "workbench_dark")}
 
 
-def figure(fig: go.Figure, *, key: str, sentence: str, height: int | None = None) -> None:
+def hide_toolbars() -> None:
+    """Keep Plotly's toolbars out of sight on the whole page."""
+    st.html("<style>.modebar-container { display: none; }</style>")
+
+
+def figure(fig: go.Figure, *, key: str, sentence: str, width: int | None = None, height: int | None = None) -> None:
     """Draw `fig` with `sentence` under it, which is also what a screen reader says in its place.
 
     Args:
         fig: as a function of `ui.charts` returns it; its template is replaced by the page's.
         key: of the element on the page; `ui.export` finds the figure by it.
         sentence: what the figure shows, made from the data.
+        width: pixels at most, instead of all that there are.
         height: pixels, instead of the figure's own.
     """
     st.plotly_chart(
         _Themed(fig, height),
         theme=None,
+        width=width or "stretch",
         key=key,
         config=_CONFIG,
         alt=sentence,

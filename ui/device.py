@@ -29,7 +29,7 @@ def badge() -> None:
 def _starting() -> None:
     if _known() is not None:
         st.rerun()
-    st.badge("starting…", icon=":material/hourglass_top:", color="gray")
+    st.badge(run.STARTING, icon=":material/hourglass_top:", color="gray")
 
 
 def _known() -> Sequence[DeviceInfo] | None:

@@ -43,6 +43,7 @@ def pick(model: type[ExperimentParams], *, prefix: str, kinds: Collection[Kind] 
         key=f"_{address}_chosen",
         format_func=lambda option: offered[option].label if option in offered else option,
         help="\n".join([f"{field.description}", *(f"- **{known.label}** {known.facts}" for known in offered.values())]),
+        filter_mode=None,
         on_change=_take_chosen,
         args=(address, field.default),
     )

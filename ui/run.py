@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WAIT = 0.4  # seconds that `run` waits before it shows progress
 POLL = 0.4  # seconds between two looks at a job that is under way
 WATCH_POLL = 0.8  # the same if its partial results are drawn, of which there is one about every second
+STARTING = "starting…"
 WARM_UP = ("engine.pretrained", "engine.attention")  # imported by the workers before anybody asks for anything
 
 _PREVIOUS = "What you see is the previous result."
@@ -111,7 +112,7 @@ def workbench() -> Runtime | None:
     """The server's runtime, with this session signed in; None after a sentence and a way out if it did not start."""
     started = starting()
     if not started.done():
-        with st.spinner("Starting the worker…"):
+        with st.spinner(f"The worker is {STARTING}"):
             futures.wait([started])
     error = started.exception()
     if error is not None:
@@ -303,19 +304,18 @@ def _seen(slot: _Slot) -> str:
 
 
 def _show_progress(slot: _Slot, key: str, status: tuple[float, str], seen: str) -> None:
-    bar, cancel = st.columns([5, 1], vertical_alignment="center")
     stopping = "Stopping after this step…" if slot.params.returns_partial else "Stopping…"
     share, words = (status[0], stopping) if slot.stopping else status
-    bar.progress(share, text=f"{words} · {seen}" if seen else words)
-    cancel.button(
-        "Cancel",
-        key=f"_cancel_{key}",
-        icon=":material/close:",
-        disabled=slot.stopping,
-        on_click=_cancel,
-        args=(key,),
-        width="stretch",
-    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.progress(share, text=f"{words} · {seen}" if seen else words)
+        st.button(
+            "Cancel",
+            key=f"_cancel_{key}",
+            icon=":material/close:",
+            disabled=slot.stopping,
+            on_click=_cancel,
+            args=(key,),
+        )
 
 
 def _cancel(key: str) -> None:
@@ -329,7 +329,9 @@ def _status(ticket: Ticket, brief: bool = False) -> tuple[float, str]:
     """How far the job is, from 0 to 1, and in words, with its numbers unless these are to be `brief`."""
     if ticket.state == "queued":
         ahead = ticket.place - 1 if ticket.place else 0
-        return 0.0, "Next in line…" if ahead < 1 else f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…"
+        if ahead:
+            return 0.0, f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…"
+        return 0.0, "Next in line…" if starting().result().devices() else f"The worker is {STARTING}"
     progress = ticket.progress
     if progress is None:
         return 0.0, f"Running for {ticket.seconds:.0f} s…"
@@ -343,8 +345,5 @@ def _status(ticket: Ticket, brief: bool = False) -> tuple[float, str]:
 
 
 def _show_problem(slot: _Slot, key: str) -> None:
-    words, again = st.columns([5, 1], vertical_alignment="center")
-    words.warning(plain(f"{slot.problem} {_seen(slot)}".rstrip()), icon=":material/info:")
-    again.button(
-        "Try again", key=f"_again_{key}", icon=":material/refresh:", on_click=ask_again, args=(key,), width="stretch"
-    )
+    st.warning(plain(f"{slot.problem} {_seen(slot)}".rstrip()), icon=":material/info:")
+    st.button("Try again", key=f"_again_{key}", icon=":material/refresh:", on_click=ask_again, args=(key,))

@@ -121,7 +121,7 @@ def _sentence(roles: list[list[str]], induction: np.ndarray, resting: Tensor, we
     counts = Counter(role for row in roles for role in row)
     total = sum(counts.values())
     layer, head = np.unravel_index(induction.argmax(), induction.shape)
-    best = f"{layer}.{head}"
+    best = f"layer {layer}, head {head}"
     here = int((resting > ROLE_SHARE).sum())
     if weights == "untrained":
         return (
@@ -130,6 +130,6 @@ def _sentence(roles: list[list[str]], induction: np.ndarray, resting: Tensor, we
         )
     return (
         f"Of {total} heads, tried on random tokens said twice: {counts['previous token']} on the previous token, "
-        f"{counts['induction']} induction (the strongest is {best}: {induction.max():.0%}), {counts['sink']} resting "
-        f"on the first token. On your text, {here} rest on the first token."
+        f"{counts['induction']} induction (the strongest is {best}, with {induction.max():.0%}), {counts['sink']} "
+        f"resting on the first token. On your text, {here} rest on the first token."
     )

@@ -110,7 +110,7 @@ def run(params: Params, job: Job) -> Result:
         untouched_tokens=original.tokens,
         difference=_difference(weights, untouched, params.drop),
         moved=_moved(weights, untouched, params.drop),
-        sentence=describe(weights, seen.tokens, f"Head {layer}.{head}"),
+        sentence=describe(weights, seen.tokens, f"Layer {layer}, head {head}"),
         note=_attention.note(params, mask, base.masks[layer]),
     )
 

@@ -34,10 +34,10 @@ def test_a_slider_changes_the_map_and_the_address_and_the_address_brings_both_ba
 def test_a_thumbnail_opens_that_very_head(lab):
     layer, head = 4, 7
     visitor = lab()
-    visitor.click_cell("all", head, layer)  # fewer layers than heads: the heads lie across
+    visitor.click_cell("all", head, layer)
     expect(visitor.slider("layer")).to_have_value(str(layer))
     expect(visitor.slider("head")).to_have_value(str(head))
-    expect(said(visitor, f"Head {layer}.{head} ")).to_be_visible()
+    expect(said(visitor, f"Layer {layer}, head {head} ")).to_be_visible()
     expect(visitor.page).to_have_url(re.compile("attention_view=One.head"))
     visitor.settle()
     clicked = visitor.pixels("Onehead")
@@ -47,9 +47,9 @@ def test_a_thumbnail_opens_that_very_head(lab):
 def test_a_thumbnail_of_the_sorted_heads_opens_the_head_that_is_named_above_it(lab):
     visitor = lab(order="Induction heads")
     titles = visitor.chart("all").locator(".annotation-text").all_text_contents()
-    layer, head = titles[10].split(" · ")[0].split(".")
+    layer, head = re.match(r"L(\d) H(\d)", titles[8]).groups()
     visitor.click_cell("all", 2, 1)
-    expect(said(visitor, f"Head {layer}.{head} ")).to_be_visible()
+    expect(said(visitor, f"Layer {layer}, head {head} ")).to_be_visible()
     expect(visitor.slider("layer")).to_have_value(layer)
     expect(visitor.slider("head")).to_have_value(head)
 

@@ -38,21 +38,22 @@ def download(head):
 
 
 def test_every_format_is_what_it_says(head, download, visit, tmp_path):
+    assert not head.page.locator(".modebar-container").filter(visible=True).count()
     name, png = download("PNG")
-    assert name == "attention-5.0.png"
+    assert name == "attention-layer5-head0.png"
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     seen = head.chart("Onehead").bounding_box()
     assert struct.unpack(">II", png[16:24]) == pytest.approx((2 * seen["width"], 2 * seen["height"]), abs=2)
 
     name, svg = download("SVG")
-    assert name == "attention-5.0.svg"
+    assert name == "attention-layer5-head0.svg"
     root = ElementTree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     written = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"␣Sam", "query ↓", "key →"} <= written
 
     name, table = download("Data as CSV")
-    assert name == "attention-5.0.csv"
+    assert name == "attention-layer5-head0.csv"
     rows = list(csv.DictReader(table.decode().splitlines()))
     assert rows[-1]["query"] == "␣and"
     assert len(rows) == TOKENS**2
@@ -62,7 +63,7 @@ def test_every_format_is_what_it_says(head, download, visit, tmp_path):
     assert all(total == pytest.approx(1, abs=1e-4) for total in mass.values())
 
     name, html = download("HTML, interactive")
-    assert name == "attention-5.0.html"
+    assert name == "attention-layer5-head0.html"
     saved = tmp_path / name
     saved.write_bytes(html)
     alone = visit()

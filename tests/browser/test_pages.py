@@ -53,7 +53,7 @@ def test_home_says_how_the_model_goes_on_and_leads_into_the_lab(visit):
     expect(visitor.page.get_by_role("heading", level=1)).to_have_text("What does each attention head look at?")
     visitor.settle()
     assert visitor.setting("order") == "Induction heads"
-    expect(visitor.chart("all")).to_contain_text("5.5 · 96%")
+    expect(visitor.chart("all")).to_contain_text("L5 H596%")
 
 
 def test_who_likes_it_dark_gets_a_dark_page_and_a_dark_chart(visit):

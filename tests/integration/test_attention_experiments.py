@@ -48,12 +48,12 @@ class TestOverview:
         assert overview.tokens[:2] == ["When", "␣Mary"]
 
     def test_the_known_heads_have_their_names(self, overview):
-        """16.0 attends to the previous token and 18.6 is the strongest induction head; the probe shows both clearly."""
+        """The probe shows layer 16, head 0 on the previous token, and layer 18, head 6 as the best of induction."""
         assert overview.roles[16][0] == overview.roles[11][1] == "previous token"
         assert overview.roles[18][6] == "induction"
         assert overview.on_probe["induction"][18, 6] > 0.8
         assert overview.on_probe["previous token"][16, 0] > 0.8
-        assert "18.6" in overview.sentence
+        assert "layer 18, head 6" in overview.sentence
 
     def test_untrained_attention_has_no_such_heads(self):
         found = attention.run(attention.Params(text=MARY, model=SMOLLM2_Q4, weights="untrained"), LocalJob())

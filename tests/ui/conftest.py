@@ -1,4 +1,4 @@
-"""A runtime in threads for the frame's tests: the interface of `engine.runtime.Runtime`, without its processes."""
+"""The runtimes of the page tests: for the frame one in threads, without processes of its own, for labs the real one."""
 
 import threading
 import time
@@ -13,6 +13,7 @@ import engine.experiments
 import ui.run
 from engine.errors import JobCancelledError, WorkbenchError
 from engine.experiments.attention_effect import Candidate, Result
+from engine.runtime import Runtime
 from engine.runtime.devices import DeviceInfo
 from engine.runtime.jobs import LocalJob
 
@@ -84,6 +85,14 @@ class ThreadRuntime:
 
     def devices(self):
         return [DeviceInfo("Test CPU", "cpu", "cpu", 8 * 10**9, 4 * 10**9, 2, "here", "3.11", {"torch": "2.13.0"})]
+
+
+@pytest.fixture(scope="module")
+def real_runtime():
+    """The real thing, for the labs' tests: one for all tests of a module."""
+    runtime = Runtime.start(warm_up=("engine.tracing",))
+    yield runtime
+    runtime.close()
 
 
 @pytest.fixture

@@ -66,28 +66,57 @@ def pixels(fig):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGBA"))
 
 
+def plot_size(fig):
+    layout = fig.layout
+    return layout.width - layout.margin.l - layout.margin.r, layout.height - layout.margin.t - layout.margin.b
+
+
 @pytest.mark.parametrize("length", [1, 5, 14, 48, 100])
 def test_thumbnails_have_a_place_for_every_head(length):
     attention = np.stack([[causal(length, seed) for seed in range(3)] for _ in range(2)])
     grid = [[(layer, head) for layer in range(2)] for head in range(3)]
-    fig = charts.thumbnails(attention, grid, lambda cell: f"{cell}", chosen=(1, 2))
+    fig = charts.thumbnails(attention, grid, lambda cell: f"{cell}", side=50, chosen=(1, 2))
     assert fig.data[0].text[2][1] == "(1, 2)"
     assert (fig.layout.shapes[0].x0, fig.layout.shapes[0].y0) == (0.5, 1.5)
+    assert plot_size(fig) == (100, 150)
     image = pixels(fig)
     rows, columns = image.shape[0] / 3, image.shape[1] / 2
     assert rows == columns == int(rows)
 
 
+@pytest.mark.parametrize("side", [38, 76])
+@pytest.mark.parametrize("titles", [None, {(0, 0): "L0 H0<br>12%", (0, 1): "L0 H1<br>3%"}])
+def test_a_small_map_is_square_on_the_page_and_has_more_pixels_than_its_place(side, titles):
+    """A picture with fewer pixels than its place would be blurred by the browser, a stretched one says less."""
+    attention = np.stack([[causal(16, seed) for seed in range(2)]])
+    fig = charts.thumbnails(attention, [[(0, 0), (0, 1)]], str, side=side, titles=titles)
+    image = pixels(fig)
+    width, height = plot_size(fig)
+    assert width == 2 * side
+    assert height == side + (charts.TITLE_HEIGHT if titles else 0)
+    assert image.shape[1] >= 2 * width
+    assert image.shape[1] / width == pytest.approx(image.shape[0] / height, rel=0.01)
+
+
+def test_the_small_maps_have_the_colour_scale_of_the_large_one_with_a_legend():
+    matrix = causal(6)
+    axis = charts.thumbnails(matrix[None, None], [[(0, 0)]], str, side=60).layout.coloraxis
+    large = charts.weights(matrix, words(6)).data[0]
+    assert (axis.colorscale, axis.cmin, axis.cmax) == (large.colorscale, large.zmin, large.zmax)
+    assert axis.showscale is not False
+    assert axis.colorbar.title.text == large.colorbar.title.text == "weight"
+
+
 def test_a_bright_weight_is_a_bright_pixel_where_it_belongs():
     dark, bright = np.zeros((2, 1, 1, 8, 8), np.float32)
     bright[0, 0, 6, 2] = 1
-    fig = charts.thumbnails(np.stack([dark[0], bright[0]]), [[(0, 0), (1, 0)]], str)
+    fig = charts.thumbnails(np.stack([dark[0], bright[0]]), [[(0, 0), (1, 0)]], str, side=60)
     image = pixels(fig).astype(int).sum(-1)
-    cell = image.shape[1] // 2
-    y, x = np.unravel_index(image.argmax(), image.shape)
-    assert cell <= x
-    step = (cell - 3) / 8
-    assert (int((x - cell - 1) / step), int((y - 1) / step)) == (2, 6)
+    place = image.shape[1] // 2
+    found_y, found_x = np.nonzero(image == image.max())
+    assert found_x.min() >= place
+    assert (found_x.mean() - place) / place == pytest.approx(2.5 / 8, abs=0.02)
+    assert found_y.mean() / place == pytest.approx(6.5 / 8, abs=0.02)
 
 
 def test_a_thin_line_survives_a_small_picture():
@@ -95,7 +124,7 @@ def test_a_thin_line_survives_a_small_picture():
     matrix = np.zeros((1, 1, 128, 128), np.float32)
     matrix[0, 0, 77, 33] = 1
     brightest = charts.unlabel_rgb(charts.SQUARE_ROOT[-1][1])
-    colours = pixels(charts.thumbnails(matrix, [[(0, 0)]], str))[..., :3].reshape(-1, 3).tolist()
+    colours = pixels(charts.thumbnails(matrix, [[(0, 0)]], str, side=48))[..., :3].reshape(-1, 3).tolist()
     assert [round(part) for part in brightest] in colours
 
 

@@ -1,6 +1,7 @@
 """The attention lab in Streamlit's own test harness, on the real runtime and real models."""
 
 import json
+import re
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,19 +12,11 @@ from streamlit.testing.v1 import AppTest
 import ui.run
 from engine.catalogue import SMOLLM2_Q4
 from engine.experiments._attention import MAX_TOKENS, REPEATING_TEXT
-from engine.runtime import Runtime
 from ui.attention.explore import VIEWS
 from ui.labs import ATTENTION
 
 APP = Path(__file__).parents[2] / "app.py"
 SECONDS = 90
-
-
-@pytest.fixture(scope="module")
-def real_runtime():
-    runtime = Runtime.start(warm_up=("engine.tracing",))
-    yield runtime
-    runtime.close()
 
 
 @pytest.fixture
@@ -71,11 +64,29 @@ def spec(app, key):
 def test_at_first_sight_all_heads_and_the_next_token(lab):
     app = lab()
     assert "Of 48 heads" in words(app)
-    assert "the strongest is 5.5: 96%" in words(app)
+    assert "the strongest is layer 5, head 5, with 96%" in words(app)
     assert "“␣Sam” next" in words(app)
     assert len(spec(app, "attention_all")["data"][0]["text"]) == 6
     assert "Our own model" in words(app)
     assert "Fused kernels never hold these maps" in words(app)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "heads"), [("storyteller", 6, 8), (SMOLLM2_Q4, 30, 9), ("all-minilm-l6-v2", 6, 12)]
+)
+def test_layers_go_down_and_heads_across_in_every_model(lab, model, layers, heads):
+    drawn = spec(lab(model=model), "attention_all")
+    texts = drawn["data"][0]["text"]
+    assert (len(texts), {len(row) for row in texts}) == (layers, {heads})
+    assert texts[4][7].startswith("<b>Layer 4, head 7</b>")
+    assert drawn["layout"]["yaxis"]["title"]["text"] == "layer ↓"
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "head →"
+
+
+def test_no_number_reads_as_a_decimal_where_a_head_is_meant(lab):
+    for query in ({}, {"order": "Induction heads"}, {"view": "One head"}, {"tab": "Predict"}):
+        assert not re.search(r"(?i)\bhead \d+\.\d", words(lab(**query)))
+    assert "Layer 5, head 0 " in words(lab(view="One head"))
 
 
 @pytest.mark.parametrize("view", VIEWS[1:-1])
@@ -91,11 +102,11 @@ def test_every_view_draws_the_chosen_head_and_follows_the_head_slider(lab, view)
 @pytest.mark.parametrize(
     ("model", "label", "first"),
     [
-        ("storyteller", "Induction heads", "5.5"),
-        ("storyteller", "Previous-token heads", "4.7"),
-        (SMOLLM2_Q4, "Induction heads", "18.6"),
-        (SMOLLM2_Q4, "Previous-token heads", "16.0"),
-        (SMOLLM2_Q4, "Sinks", "18."),
+        ("storyteller", "Induction heads", "L5 H5<br>96%"),
+        ("storyteller", "Previous-token heads", "L4 H7<br>"),
+        (SMOLLM2_Q4, "Induction heads", "L18 H6<br>"),
+        (SMOLLM2_Q4, "Previous-token heads", "L16 H0<br>"),
+        (SMOLLM2_Q4, "Sinks", "L18 H"),
     ],
 )
 def test_one_choice_sorts_the_heads(lab, model, label, first):
@@ -164,6 +175,48 @@ def test_another_model_keeps_the_text_and_moves_layer_and_head_to_what_it_has(la
     finished(app)
     assert "Of 48 heads" in words(app)
     assert (app.slider(key="attention_layer").value, app.slider(key="attention_head").value) == (5, 7)
+    assert not app.warning
+
+
+def test_nothing_is_asked_of_a_model_that_it_does_not_have(lab, real_runtime, monkeypatch):
+    """While another model loads, the page still has the layers of the last one."""
+    settled, submit, asked = ui.run._settled, real_runtime.submit, []
+    app = lab(model=SMOLLM2_Q4, layer=29, head=8, view="One head")
+    monkeypatch.setattr(ui.run, "_settled", lambda slot, key, seconds: settled(slot, key, 0))
+    monkeypatch.setattr(
+        real_runtime, "submit", lambda name, params, owner: asked.append(params) or submit(name, params, owner)
+    )
+    app.selectbox(key="_attention_model_chosen").set_value("storyteller")
+    app.run()
+    assert app.progress
+    finished(app)
+    heads = [params for params in asked if hasattr(params, "layer")]
+    assert heads
+    assert {(params.model, params.layer, params.head) for params in heads} == {("storyteller", 5, 7)}
+    assert not app.warning
+
+
+def test_a_model_that_cannot_be_loaded_is_said_once_beside_what_was_there(lab):
+    app = lab()
+    app.selectbox(key="_attention_model_chosen").set_value("another…")
+    app.run()
+    app.text_input(key="_attention_model_typed").set_value("./no/such/folder")
+    finished(app)
+    assert words(app).count("./no/such/folder") == 1
+    assert len(app.warning) == 1
+    assert "“␣Sam” next" in words(app)
+
+
+def test_a_link_to_a_deeper_model_is_followed_in_a_session_that_knows_another(lab, monkeypatch):
+    settled = ui.run._settled
+    app = lab()
+    app.switch_page("app_pages/home.py")
+    app.run()
+    monkeypatch.setattr(ui.run, "_settled", lambda slot, key, seconds: settled(slot, key, 0))
+    app.switch_page("app_pages/attention.py")
+    app.query_params.update({"attention_model": SMOLLM2_Q4, "attention_layer": "29", "attention_head": "8"})
+    finished(app)
+    assert app.slider(key="attention_layer").value == 29
     assert not app.warning
 
 

@@ -462,6 +462,16 @@ def test_the_page_is_there_while_the_runtime_starts(open_app, runtime, monkeypat
     assert "Test CPU · 8 GB · 2 cores · torch 2.13.0" in captions(app)
 
 
+def test_what_waits_for_the_worker_says_so_in_the_word_of_the_badge(open_lab, runtime, monkeypatch):
+    app = open_lab(probe_seconds=30)
+    (ticket,) = runtime.tickets
+    ticket.state, ticket.place = "queued", 1
+    assert "Next in line…" in app.run().progress[0].text
+    monkeypatch.setattr(runtime, "devices", lambda: ())
+    assert ui.run.STARTING in app.run().progress[0].text
+    ticket.cancel()
+
+
 def test_a_runtime_that_does_not_start_is_one_sentence_and_can_be_tried_again(open_lab, runtime, monkeypatch):
     calls = []
 

@@ -50,7 +50,9 @@ def test_the_engine_knows_neither_the_web_nor_the_pages(path):
 
 @pytest.mark.parametrize("path", sources("app.py", "app_pages", "ui"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_pages_reach_the_engine_through_experiments_and_the_runtime_only(path):
-    allowed = ("engine.experiments", "engine.runtime", "engine.errors")
+    """Beside errors, and the names of the models (`engine.catalogue`, `engine.local_models`): what a picker offers and
+    where an upload lies is needed before there is anything to run, and neither imports torch, which is tested below."""
+    allowed = ("engine.experiments", "engine.runtime", "engine.errors", "engine.catalogue", "engine.local_models")
     engine = [module for module in imports(path) if within(module, "engine") and module != "engine"]
     assert not [module for module in engine if not within(module, *allowed)]
     assert not [module for module in imports(path) if within(module, *HEAVY, "app_pages", "app")]
@@ -62,7 +64,9 @@ def test_charts_know_neither_streamlit_nor_the_runtime(path):
 
 
 @pytest.mark.parametrize(
-    "path", sources("engine/experiments", "engine/runtime"), ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    sources("engine/experiments", "engine/runtime", "engine/catalogue.py", "engine/local_models.py"),
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_what_the_web_process_loads_imports_nothing_heavy_at_its_top(path):
     assert not [module for module in imports(path, at_import_only=True) if within(module, *HEAVY)]

@@ -51,7 +51,7 @@ def one_head(given: Settings, view: str) -> None:
     for place, (side, wanted, found) in zip(places, results, strict=True):
         with place:
             if side:
-                st.markdown(f"**{side}** · head {wanted.layer}.{wanted.head}")
+                st.markdown(f"**{side}** · layer {wanted.layer}, head {wanted.head}")
             if found.note:
                 st.info(plain(found.note), icon=":material/info:")
             shown = _Shown(found, wanted, f"{PREFIX}_{view.replace(' ', '')}{side}", whose == MEAN, side != "A", chosen)
@@ -130,7 +130,9 @@ def _map(shown: _Shown) -> None:
         with beside:
             cell = _cell(found)
             st.markdown(arithmetic(found, *cell, params.temperature))
-    name = f"All heads of layer {params.layer}, averaged," if shown.mean else f"Head {params.layer}.{params.head}"
+    name = (
+        f"All heads of layer {params.layer}, averaged," if shown.mean else f"Layer {params.layer}, head {params.head}"
+    )
     with figure_place:
         fig = charts.weights(
             shown.weights, found.tokens, allowed=~np.isneginf(found.masked), cell=cell, mode=theme.mode()
@@ -229,7 +231,7 @@ def _export_matrix(fig: Any, shown: _Shown, matrix: np.ndarray, queries: list[st
     export.export(
         fig,
         key=shown.key,
-        name=f"attention-{shown.params.layer}.{shown.params.head}",
+        name=f"attention-layer{shown.params.layer}-head{shown.params.head}",
         experiment="attention_head",
         params=shown.params,
         data=lambda: pd.DataFrame(

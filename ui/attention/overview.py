@@ -16,7 +16,9 @@ from ui.attention.one_head import ONE
 from ui.attention.settings import PREFIX, Settings
 from ui.charts import attention as charts
 
-_GALLERY = (3, 8)
+_GALLERY = (3, 6)
+_WIDTH, _HEIGHT = 720, 432  # pixels of all maps, with which the sentence below them stays on a desktop's screen
+_SMALLEST, _LARGEST = 38, 98  # pixels along one: many layers go beyond the height rather than below what can be read
 _SHARE = "{:.0%}".format
 
 
@@ -99,11 +101,9 @@ def all_heads(given: Settings) -> None:
         label_visibility="collapsed",
     )
     layers, heads = seen.attention.shape[:2]
-    titles, sentence, axes = None, seen.sentence + " Choose a map to open it.", ("layer →", "head ↓")
+    titles, sentence = None, seen.sentence
     if label == EVERY:
-        grid = [[(layer, head) for layer in range(layers)] for head in range(heads)]
-        if layers < heads:  # the longer side lies across, so that the maps are about square
-            grid, axes = [list(row) for row in zip(*grid, strict=True)], ("head →", "layer ↓")
+        grid = [[(layer, head) for head in range(heads)] for layer in range(layers)]
     else:
         order = ORDERS[label]
         values = order.values(seen)
@@ -111,24 +111,26 @@ def all_heads(given: Settings) -> None:
         ranked = np.argsort(-order.sign * values, axis=None, kind="stable")[: rows * columns]
         cells = [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(ranked, values.shape), strict=True)]
         grid = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-        titles = {cell: f"{cell[0]}.{cell[1]} · {order.show(values[cell])}" for cell in cells}
-        sentence = f"First is head {titles[cells[0]].replace(' · ', ': ')} ({order.meaning})."
+        titles = {cell: f"L{cell[0]} H{cell[1]}<br>{order.show(values[cell])}" for cell in cells}
+        layer, head = cells[0]
+        sentence = f"First is layer {layer}, head {head}, with {order.show(values[cells[0]])} ({order.meaning})."
         if order.share:
             sentence += f" {(values > 0.5).sum()} of {values.size} heads give it more than half of their mass."
-        sentence += " Choose a map to open it."
+    sentence += " Choose a map to open it."
     if label == INDUCTION and params.weights == "trained" and seen.kind == "decoder":
         _say_what_repeats(seen.tokens)
     key = f"{PREFIX}_all"
+    across, down = _WIDTH // len(grid[0]), _HEIGHT // len(grid) - (charts.TITLE_HEIGHT if titles else 0)
     fig = charts.thumbnails(
         seen.attention,
         grid,
         lambda cell: _hover(seen, cell),
         chosen=(params.layer, params.head),
+        side=min(_LARGEST, across, max(_SMALLEST, down)),
         titles=titles,
-        axes=axes,
         mode=theme.mode(),
     )
-    chart.figure(fig, key=key, sentence=sentence, height=_height(grid))
+    chart.figure(fig, key=key, sentence=sentence, width=fig.layout.width)
     if params.changes_attention or params.drop >= 0:
         st.caption(
             "These maps are of the untouched model on your whole text. “What changed” shows what your settings do."
@@ -142,12 +144,6 @@ def all_heads(given: Settings) -> None:
         experiment="attention",
         params=attention.Params(**params.model_dump(include=set(attention.Params.model_fields))),
     )
-
-
-def _height(grid: list[list[charts.Cell]]) -> int:
-    """Pixels in which the maps of `grid` are about square on a desktop, and their sentence is still on the screen."""
-    rows, columns = len(grid), len(grid[0])
-    return min(540, max(170, 52 + round(790 / columns * rows)))
 
 
 def _say_what_repeats(tokens: list[str]) -> None:
@@ -169,7 +165,7 @@ def _hover(seen: attention.Result, cell: charts.Cell) -> str:
     role = seen.roles[layer][head]
     probe, text = seen.on_probe, seen.on_text
     return (
-        f"<b>Head {layer}.{head}</b>{' · ' + role if role else ''}<br>"
+        f"<b>Layer {layer}, head {head}</b>{' · ' + role if role else ''}<br>"
         f"on your text: previous {text['previous token'][cell]:.0%}, first {text['first token'][cell]:.0%}, "
         f"{np.exp(text['entropy'][cell]):.1f} tokens<br>"
         f"on repeated random tokens: induction {probe['induction'][cell]:.0%}, "

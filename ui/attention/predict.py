@@ -78,7 +78,7 @@ def _guess_target(given: Settings) -> None:
     query = dice.choice(queries)
     role = seen.roles[layer][head]
     kind = f"a{'n' * (role == 'induction')} **{role}** head" if role else "a head without a role"
-    st.markdown(f"**Where does it look?** Head {layer}.{head} is {kind}. Which token does it give the most?")
+    st.markdown(f"**Where does it look?** Layer {layer}, head {head} is {kind}. Which token does it give the most?")
     marked = (f":primary-badge[{plain(token)}]" if i == query else plain(token) for i, token in enumerate(seen.tokens))
     st.markdown(" ".join(marked))
     st.caption(plain(f"The query is “{seen.tokens[query]}”, token {query}."))
@@ -104,7 +104,7 @@ def _guess_target(given: Settings) -> None:
         fig,
         key=f"{PREFIX}_answer_chart",
         sentence=attention_head.describe(
-            seen.attention[layer, head].astype(np.float32), seen.tokens, f"Head {layer}.{head}"
+            seen.attention[layer, head].astype(np.float32), seen.tokens, f"Layer {layer}, head {head}"
         ),
         height=300,
     )

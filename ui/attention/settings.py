@@ -23,8 +23,8 @@ class Settings:
     """What the controls say, with what is known of the model and the text.
 
     Args:
-        params: the head and the changes to it.
-        overview: the maps of all heads; None until there are any.
+        params: the head and the changes to it, of the model and the text that `overview` is of.
+        overview: the maps of all heads, the previous ones while new ones are under way; None until there are any.
         below: a place under the controls, for what must always be seen.
     """
 
@@ -47,14 +47,17 @@ def settings() -> Settings | None:
     key = f"{PREFIX}_overview"
     with source_place:
         overview = run.run("attention", text, key=key) if text else None
-    known = overview or run.latest(key)
-    # Not before the model and the text are known: a link's layer 40 must not be taken for a moment.
+    seen = run.params_of(key)
+    if overview and seen.model != text.model and f"{PREFIX}_layer" not in st.session_state:
+        overview = seen = None  # a link's layer is to be read with the link's model, and there is another one's result
+    known = overview or (None if text else run.latest(key))
     knobs = _head_controls(known, head_place, more) if known else {}
     if text is None:
         return None
-    if overview and overview.model == text.model and text.weights == "trained":
+    if overview and seen.model == text.model and text.weights == "trained":
         source_place.caption(plain(overview.source))
-    params = controls.validated(attention_head.Params, text.model_dump() | knobs)
+    # Nothing is asked of a model before its layers, heads and tokens are known: until then it all is of the last one.
+    params = controls.validated(attention_head.Params, (seen or text).model_dump() | knobs)
     return Settings(params, overview, st.container()) if params else None
 
 

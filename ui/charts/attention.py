@@ -27,9 +27,12 @@ _COLOURS = sample_colorscale(theme.MAGNITUDE, _LEVELS)
 SQUARE_ROOT = [[level**2, colour] for level, colour in zip(_LEVELS.tolist(), _COLOURS, strict=True)]
 """Cividis with its colours at the squares of their places: the colour grows with the root of the weight."""
 
-_THUMBNAIL = 48
+_THUMBNAIL = 48  # cells of a small map along a side, at most
+_DENSITY = 2  # pixels of a picture for one of the page, so that cells stay sharp when the browser scales it
 _GAP = 3
-_HEADER = 0.16
+TITLE_HEIGHT = 30
+"""Pixels of a title of two lines above a small map."""
+
 _MAX_LABELS = 32
 _MAP_SIDE = 420
 ARC_POINTS = 24
@@ -43,32 +46,33 @@ def thumbnails(
     grid: Sequence[Sequence[Cell | None]],
     hover: Callable[[Cell], str],
     *,
+    side: int,
     chosen: Cell | None = None,
     titles: dict[Cell, str] | None = None,
-    axes: tuple[str, str] = ("layer →", "head ↓"),
     mode: theme.Mode = "light",
 ) -> go.Figure:
     """Many heads at a glance: one picture of small maps, laid out as `grid`.
 
     Args:
         attention: (L, H, T, T) weights.
-        grid: rows of (layer, head); None leaves a place empty.
+        grid: rows of (layer, head); None leaves a place empty. Without `titles`, a row is a layer.
         hover: what the pointer shows over a head.
+        side: pixels along a map, which the figure's size follows from.
         chosen: the head to frame.
-        titles: what to write above each map.
-        axes: without titles, what is counted across and down.
+        titles: what to write above each map, two lines at most.
         mode: light or dark.
     """
     rows, columns = len(grid), max(len(row) for row in grid)
-    header = _HEADER if titles else 0
-    image = _mosaic(attention, grid, rows, columns, header)
+    title = TITLE_HEIGHT if titles else 0
+    header = title / (side + title)
+    image = _mosaic(attention, grid, rows, columns, header, side)
     texts = [[hover(cell) if cell else "" for cell in row] + [""] * (columns - len(row)) for row in grid]
     fig = go.Figure(
         go.Heatmap(
             z=np.zeros((rows, columns), np.uint8),
             text=texts,
             hovertemplate="%{text}<extra></extra>",
-            showscale=False,
+            coloraxis="coloraxis",
             opacity=0,
         )
     )
@@ -87,8 +91,8 @@ def thumbnails(
                         x=x, y=y - 0.5, text=titles[cell], showarrow=False, yanchor="top", font={"size": 11}, yshift=3
                     )
     else:
-        fig.update_xaxes(title=axes[0], dtick=1 if columns <= 40 else 5, tickangle=0, tickfont={"size": 10})
-        fig.update_yaxes(title=axes[1], dtick=1, ticklabelstandoff=5)
+        fig.update_xaxes(title="head →", dtick=1 if columns <= 24 else 5, tickangle=0, tickfont={"size": 10})
+        fig.update_yaxes(title="layer ↓", dtick=1, tickfont={"size": 10}, ticklabelstandoff=5)
     for y, row in enumerate(grid):
         if chosen in row:
             x = row.index(chosen)
@@ -100,8 +104,16 @@ def thumbnails(
                 y1=y + 0.5,
                 line={"color": theme.CATEGORIES[mode][1], "width": 2.5},
             )
-    sides = {"l": 8, "r": 8, "t": 8, "b": 8} if titles else {"l": 44, "r": 8, "t": 8, "b": 44}
-    fig.update_layout(margin=sides, dragmode=False)
+    margin = {"l": 8, "r": 8, "t": 64, "b": 8} if titles else {"l": 44, "r": 8, "t": 64, "b": 44}
+    height = rows * (side + title)
+    bar = _scale("weight", ".0%") | {"y": 1 + 4 / height}
+    fig.update_layout(
+        margin=margin | {"autoexpand": False},
+        width=columns * side + margin["l"] + margin["r"],
+        height=height + margin["t"] + margin["b"],
+        dragmode=False,
+        coloraxis={"colorscale": SQUARE_ROOT, "cmin": 0, "cmax": 1, "colorbar": bar},
+    )
     return fig
 
 
@@ -462,30 +474,32 @@ def _arc_path(query: np.ndarray, key: np.ndarray) -> tuple[list[float | None], l
 
 
 def _mosaic(
-    attention: np.ndarray, grid: Sequence[Sequence[Cell | None]], rows: int, columns: int, header: float
+    attention: np.ndarray, grid: Sequence[Sequence[Cell | None]], rows: int, columns: int, header: float, side: int
 ) -> str:
     """All maps of the grid in one PNG with a palette, as a data URI; blank where a causal model cannot look.
 
-    `header` is the share of each place that stays free above its map.
+    `header` is the share of each place that stays free above its map, `side` the pixels along a map on the page. A cell
+    of a map is a square of whole pixels.
     """
     length = attention.shape[-1]
     pool = math.ceil(length / _THUMBNAIL)
-    side = math.ceil(length / pool)
-    zoom = max(1, _THUMBNAIL // side)
-    size = side * zoom + _GAP
+    cells = math.ceil(length / pool)
+    zoom = math.ceil(_DENSITY * side / cells)
+    gap = math.ceil(_GAP * cells * zoom / side)
+    size = cells * zoom + gap
     above = round(size * header / (1 - header))
     blank = len(_COLOURS)
     canvas = np.full((rows * (size + above), columns * size), blank, np.uint8)
     causal = not np.triu(attention[0, 0].astype(np.float32), 1).any()
-    hidden = np.triu(np.ones((side, side), bool), 1) if causal else np.zeros((side, side), bool)
+    hidden = np.triu(np.ones((cells, cells), bool), 1) if causal else np.zeros((cells, cells), bool)
     for y, row in enumerate(grid):
         for x, cell in enumerate(row):
             if cell is None:
                 continue
             level = np.sqrt(_pooled(attention[cell].astype(np.float32), pool)) * (blank - 1)
             tile = np.where(hidden, blank, np.clip(level.round(), 0, blank - 1)).astype(np.uint8)
-            top, left = y * (size + above) + above + _GAP // 2, x * size + _GAP // 2
-            canvas[top : top + size - _GAP, left : left + size - _GAP] = tile.repeat(zoom, 0).repeat(zoom, 1)
+            top, left = y * (size + above) + above + gap // 2, x * size + gap // 2
+            canvas[top : top + size - gap, left : left + size - gap] = tile.repeat(zoom, 0).repeat(zoom, 1)
     image = Image.fromarray(canvas, mode="P")
     palette = [round(part) for colour in _COLOURS for part in unlabel_rgb(colour)]
     image.putpalette([*palette, 0, 0, 0])
