@@ -362,10 +362,12 @@ class Trainer:
             self._stop(f"the loss is {loss:.3g}, guessing would cost {guessing:.3g}", rate)
 
     def _stop(self, what: str, rate: float) -> NoReturn:
-        step = self.step + 1
+        step, highest = self.step + 1, self.options.learning_rate
+        warming = rate < highest and step <= round(self.options.warmup * self.total_steps)
+        way = f", in its warm-up, on the way to {highest:.3g}" if warming else f", after at most {highest:.3g}"
         raise DivergedError(
-            f"Training diverged at step {step} of {self.total_steps}: {what}; the learning rate was {rate:.3g}, "
-            f"try {self.options.learning_rate / 10:.2g} at most.",
+            f"Training diverged at step {step} of {self.total_steps}: {what}; the learning rate was {rate:.3g}"
+            f"{way if rate != highest else ''}: try a tenth of what was set, {highest / 10:.2g}.",
             step,
         )
 

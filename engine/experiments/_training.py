@@ -27,6 +27,7 @@ class Recorded:
         checked, held_out_loss, induction, previous_token: (M,), likewise.
         tokens_per_step: B·T.
         block_size: T.
+        text_share: of the samples, those that are text and do not repeat themselves.
         probe: on what the heads were scored, in words.
         characters_per_token: of the held-out stories, which makes its losses comparable with those on other tokens.
         device: where it ran.
@@ -41,6 +42,7 @@ class Recorded:
     previous_token: np.ndarray
     tokens_per_step: int
     block_size: int
+    text_share: float
     probe: str
     characters_per_token: float
     device: str
@@ -72,6 +74,7 @@ def recorded_run() -> Recorded | None:
         previous_token=np.array([checkup["previous_token"]["score"] for checkup in checkups]),
         tokens_per_step=options["batch_size"] * options["accumulate"] * recipe["block_size"],
         block_size=recipe["block_size"],
+        text_share=1 - recipe["random_share"] - recipe["passage_share"],
         probe=f"random tokens of {f'three periods, up to {longest}' if averaged else f'one period, {longest}'}",
         characters_per_token=sum(len(story.strip()) for story in stories) / log["tokens"]["held out"],
         device=log["device"],

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 HELD_OUT_SHARE = 0.1
+_PROMPT_WORDS = 8
+_PROMPT_TOKENS = 20
+_ENOUGH = 1500  # characters: with fewer the last tenth rarely has the tokens of a sample
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class Corpus:
         tokenizer: made for the part that is learned.
         learned, tested: (tokens,) each.
         characters_per_token: of the tested part.
+        prompt: where a sample of what was learned may begin; of a learner's own text, words of the tested part.
     """
 
     tokenizer: PreTrainedTokenizerFast
     learned: Tensor
     tested: Tensor
     characters_per_token: float
+    prompt: str
 
 
 def read(text: str, vocab_size: int, block_size: int) -> Corpus:
@@ -43,7 +48,7 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
         InputError: the text is too short for that.
     """
     from engine.data import stream, train_tokenizer
-    from engine.pretraining.run import read_stories
+    from engine.pretraining.run import PROMPT, read_stories
 
     learned, tested = split([text] if text.strip() else read_stories(SHIPPED / "heldout.txt"))
     tokenizer = train_tokenizer(learned, vocab_size, block_size)
@@ -53,7 +58,28 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
             f"The text has {len(parts[0])} tokens to learn from and {len(parts[1])} in its last tenth to be tested on, "
             f"each part needs {block_size + 1}: paste more text, or leave it empty for the stories."
         )
-    return Corpus(tokenizer, *parts, characters_per_token=sum(map(len, tested)) / len(parts[1]))
+    return Corpus(
+        tokenizer,
+        *parts,
+        characters_per_token=sum(map(len, tested)) / len(parts[1]),
+        prompt=_first_words(tested[0], tokenizer) if text.strip() else PROMPT,
+    )
+
+
+def check_length(text: str, block_size: int) -> None:
+    """Refuse a text of which it is plain, without a tokenizer, that its last tenth fills no sample.
+
+    Raises:
+        InputError: it is; an empty text stands for the stories and passes.
+    """
+    if not text.strip():
+        return
+    _, tested = split([text])
+    if sum(len(part.encode()) for part in tested) < block_size:  # a token has at least one byte, and one ends the text
+        raise InputError(
+            f"Your text has {len(text)} characters: its last tenth is kept to be tested on and must fill a sample of "
+            f"{block_size} tokens, so paste {_ENOUGH:,} or more, or leave it empty for the stories."
+        )
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -65,3 +91,10 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
         tested.append(document[left:])
         left = max(0, left - len(document))
     return list(filter(None, learned)), list(filter(None, tested))
+
+
+def _first_words(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The first whole words of a text that may begin within a word, and no more than leave room for what follows."""
+    words = text.split(maxsplit=_PROMPT_WORDS + 1)
+    prompt = " ".join(words[1 : _PROMPT_WORDS + 1] or words)
+    return tokenizer.decode(tokenizer(prompt).input_ids[:_PROMPT_TOKENS]).strip("\N{REPLACEMENT CHARACTER} ")

@@ -1,6 +1,6 @@
 """A small model from scratch: what it learns, and when.
 
-Legend: S steps, M checkups, B batch, T tokens of a sample.
+Legend: S steps, M checkups, B batch, T tokens of a sample, P period of the probe that is drawn.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import io
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from engine.architecture import ModelConfig
+from engine.errors import InputError
 from engine.experiments import ExperimentParams, _training_text, duration
 from engine.experiments._training_cost import Cost, count_flops, weigh
+from engine.experiments._training_diary import Diary, Sample, fixed_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from engine.data import TokenBlocks
     from engine.model import Decoder
     from engine.pretraining.recipe import Recipe
-    from engine.pretraining.record import Checkup
     from engine.runtime.jobs import Job
     from engine.trainer import StepReport
 
@@ -34,9 +34,7 @@ VOCAB_SIZE = 320
 
 BLOCK_SIZE = 64
 ARCHIVE_FOLDER = "trained-model"
-SAMPLE_STEPS = (50, 200, 500, 1000)
 _CHECKUPS = 25
-_SAMPLE_TOKENS = 40
 _PROBE_PERIOD = BLOCK_SIZE // 2
 _MIN_PERIOD = 12
 """With shorter ones, looking a fixed way back is right too often for an induction head to be worth having."""
@@ -86,8 +84,11 @@ class Params(ExperimentParams):
     )
 
     @model_validator(mode="after")
-    def _check_shape(self) -> Params:
+    def _check(self) -> Params:
+        if self.d_model % self.num_heads:
+            raise InputError(f"Heads is {self.num_heads}: it must divide Width, which is {self.d_model}.")
         _ = self.architecture  # raises a sentence if the numbers do not fit together
+        _training_text.check_length(self.text, BLOCK_SIZE)
         return self
 
     @property
@@ -120,19 +121,17 @@ class Params(ExperimentParams):
             16 * config.num_parameters + 12 * largest,
         )
 
-    def predict(self) -> Cost:
-        """What the run will cost, before anything runs."""
+    def predict(self, samples: int | None = None) -> Cost:
+        """What the run will cost, before anything runs.
+
+        Args:
+            samples: that the text holds, where that is known: a batch has no more.
+        """
+        batch_size = self.batch_size if samples is None else min(self.batch_size, samples)
         config = self.architecture
-        flops = 3 * self.steps * self.batch_size * config.forward_flops(BLOCK_SIZE)
-        return Cost(config.num_parameters, flops, self.memory_bytes())
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model made of `engine.pretraining.run.PROMPT` after `step` steps."""
-
-    step: int
-    text: str
+        flops = 3 * self.steps * batch_size * config.forward_flops(BLOCK_SIZE)
+        memory = self.model_copy(update={"batch_size": batch_size}).memory_bytes()
+        return Cost(config.num_parameters, flops, memory)
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,14 @@ class Result:
             token, before the step's update and random samples included, the norm before clipping.
         checked: (M,) steps after which the model was examined, 0 among them.
         held_out_loss: (M,), in nats a token of text that is never trained on.
+        text_loss, random_loss: (M,), the same on fixed samples of the text that it learns from, and on the second round
+            of fixed random tokens.
         induction, previous_token: (M,), the best head's score on random tokens said twice, from 0 to 1.
         copied: (M,), share of the tokens of the second round that the model thought the likeliest.
+        heads: (M, 2), layer and index of the head whose induction score that is.
+        head_maps: (2, 2P, 2P) float16, attention of the latest of them on P random tokens said twice: before the first
+            step, and at the last checkup.
+        prompt: where the samples begin.
         samples: what it says, over training.
         steps: of the whole run, whether they were taken or not.
         ended: why it ended, or that it has not.
@@ -169,9 +174,14 @@ class Result:
     tokens_per_second: np.ndarray
     checked: np.ndarray
     held_out_loss: np.ndarray
+    text_loss: np.ndarray
+    random_loss: np.ndarray
     induction: np.ndarray
     previous_token: np.ndarray
     copied: np.ndarray
+    heads: np.ndarray
+    head_maps: np.ndarray
+    prompt: str
     samples: list[Sample]
     steps: int
     ended: Ending
@@ -186,6 +196,11 @@ class Result:
     device: str
     versions: dict[str, str]
     archive: bytes = b""
+
+    @property
+    def samples_to_learn(self) -> int:
+        """How many samples the text holds."""
+        return self.training_tokens // BLOCK_SIZE
 
 
 def run(params: Params, job: Job) -> Result:
@@ -205,8 +220,9 @@ def run(params: Params, job: Job) -> Result:
     from engine.trainer import DivergedError, Trainer
 
     corpus = _training_text.read(params.text, VOCAB_SIZE, BLOCK_SIZE)
+    learned = corpus.learned.to(job.device)
     dataset = RepetitionMixture(
-        corpus.learned.to(job.device),
+        learned,
         VOCAB_SIZE,
         BLOCK_SIZE,
         random_share=params.random_share,
@@ -219,21 +235,27 @@ def run(params: Params, job: Job) -> Result:
     where, software = device_name(job.device), versions()
     torch.manual_seed(params.seed)
     model = Decoder(recipe.model).to(job.device)
-    diary = _Diary(model, corpus.tokenizer, held_out, recipe, job)
+    diary = Diary(
+        model,
+        corpus.tokenizer,
+        corpus.prompt,
+        held_out,
+        text=fixed_batch(learned, recipe, random_share=0.0),
+        random=fixed_batch(learned, recipe, random_share=1.0),
+        recipe=recipe,
+        job=job,
+    )
 
     def result(ended: Ending, ending: str, archive: bytes = b"") -> Result:
         sequences = trainer.step * recipe.options.batch_size
         return Result(
             **diary.curves(),
+            prompt=corpus.prompt,
             samples=list(diary.samples),
             steps=params.steps,
             ended=ended,
             ending=ending,
-            predicted=Cost(
-                recipe.model.num_parameters,
-                3 * sequences * recipe.model.forward_flops(BLOCK_SIZE),
-                params.model_copy(update={"batch_size": recipe.options.batch_size}).memory_bytes(),
-            ),
+            predicted=params.model_copy(update={"steps": trainer.step}).predict(len(dataset)),
             measured=Cost(sum(parameter.numel() for parameter in model.parameters()), sequences * flops, memory_bytes),
             seconds=time.monotonic() - began,
             tokens_per_step=recipe.options.batch_size * BLOCK_SIZE,
@@ -305,75 +327,6 @@ def _recipe(params: Params, samples: int) -> Recipe:
         evaluate_every=max(1, params.steps // _CHECKUPS),
         probe_period=_PROBE_PERIOD,
     )
-
-
-@dataclass
-class _Diary:
-    """Keeps what happens in a run, and tells the job.
-
-    Args:
-        model: that learns.
-        tokenizer: of the samples.
-        held_out: what it is tested on.
-        recipe: of the run.
-        job: is told.
-    """
-
-    model: Decoder
-    tokenizer: PreTrainedTokenizerFast
-    held_out: TokenBlocks
-    recipe: Recipe
-    job: Job
-    reports: list[StepReport] = field(default_factory=list)
-    checkups: list[Checkup] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-
-    def follow(self, report: StepReport) -> None:
-        """A step was taken."""
-        self.reports.append(report)
-        if report.step % self.recipe.evaluate_every == 0:
-            self.examine(report.step)
-        if report.step in SAMPLE_STEPS:
-            self.listen(report.step)
-        checkup = self.checkups[-1]
-        self.job.report(
-            report.step,
-            self.recipe.steps,
-            loss=report.loss,
-            held_out_loss=checkup.held_out_loss,
-            learning_rate=report.learning_rate,
-            gradient_norm=report.grad_norm,
-            tokens_per_second=report.tokens_per_second,
-            induction_score=checkup.induction.score,
-        )
-
-    def examine(self, step: int) -> None:
-        """See how the model does after `step`."""
-        from engine.pretraining.run import examine
-
-        if not self.checkups or self.checkups[-1].step != step:
-            self.checkups.append(examine(self.model, self.held_out, self.recipe, step))
-
-    def listen(self, step: int) -> None:
-        """Hear what the model says after `step`."""
-        from engine.pretraining.run import PROMPT, tell
-
-        if not self.samples or self.samples[-1].step != step:
-            self.samples.append(Sample(step, tell(self.model, self.tokenizer, PROMPT, _SAMPLE_TOKENS)))
-
-    def curves(self) -> dict[str, np.ndarray]:
-        """The arrays of a `Result`."""
-        taken = {
-            name: np.array([getattr(report, name) for report in self.reports])
-            for name in ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-        }
-        return taken | {
-            "checked": np.array([checkup.step for checkup in self.checkups]),
-            "held_out_loss": np.array([checkup.held_out_loss for checkup in self.checkups]),
-            "induction": np.array([checkup.induction.score for checkup in self.checkups]),
-            "previous_token": np.array([checkup.previous_token.score for checkup in self.checkups]),
-            "copied": np.array([checkup.copied for checkup in self.checkups]),
-        }
 
 
 def _pack(model: Decoder, tokenizer: PreTrainedTokenizerFast) -> bytes:

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 _LENGTH = 64
 _STEPS = 4
 _HEART_STEPS = 100
+_LEARNING_RATE = 4e-3
+_SHAPE = "takes depth, width, heads and seed of this page"
+_SHAPE_AND_RATE = f"{_SHAPE}, and a learning rate of its own, {_LEARNING_RATE:g}"
 
 
 class Params(training.Params):
-    """The settings of the page; text and number of steps play no part."""
+    """The settings of the page, of which the shape and the seed are taken."""
 
     lane = "short"
     cacheable = True
@@ -61,29 +64,30 @@ def run(params: Params, job: Job) -> Result:
     checks = [
         _check(
             "The parameters are those predicted",
-            "|parameters of the model − the formula's|",
+            f"|parameters of the model − the formula's|; {_SHAPE}",
             abs(sum(parameter.numel() for parameter in model.parameters()) - params.architecture.num_parameters),
             0.0,
         ),
         _check(
             "A fresh model guesses",
-            f"|first loss − ln V|, with ln {training.VOCAB_SIZE} = {math.log(training.VOCAB_SIZE):.2f} nats",
+            f"|first loss − ln V|, with ln {training.VOCAB_SIZE} = {math.log(training.VOCAB_SIZE):.2f} nats; {_SHAPE}",
             abs(evaluate(model, blocks) - math.log(training.VOCAB_SIZE)),
             0.5,
         ),
         _check(
             "No token sees a later one",
-            "largest change of any earlier logit when the last token is another",
+            f"largest change of any earlier logit when the last token is another; {_SHAPE}",
             _looks_ahead(model, ids[:, :-1]),
             1e-5,
         ),
     ]
     _go_on(job, 2)
-    options = TrainerOptions(learning_rate=4e-3, batch_size=4, seed=params.seed)
+    options = TrainerOptions(learning_rate=_LEARNING_RATE, batch_size=4, seed=params.seed)
     checks.append(
         _check(
             "A resumed run is the same run",
-            f"largest difference of the losses of {_STEPS} steps, straight through or with a checkpoint in between",
+            f"largest difference of the losses of {_STEPS} steps, straight through or with a checkpoint in between; "
+            f"{_SHAPE_AND_RATE}",
             _resumed_apart(params, blocks, options, job.device),
             0.0,
         )
@@ -92,7 +96,8 @@ def run(params: Params, job: Job) -> Result:
     checks.append(
         _check(
             "Four samples are learned by heart",
-            f"loss after {_HEART_STEPS} steps on the same four, of random tokens, against half of ln V",
+            f"loss after {_HEART_STEPS} steps on the same four, of random tokens, against half of ln V; "
+            f"{_SHAPE_AND_RATE}",
             _by_heart(model, TokenBlocks(ids[:4]), options, job),
             math.log(training.VOCAB_SIZE) / 2,
         )

@@ -16,6 +16,7 @@ from engine import experiments, llama
 from engine.data import TokenBlocks
 from engine.errors import InputError, JobCancelledError
 from engine.experiments import _training, _training_text, training, training_tests
+from engine.experiments._training_diary import MAP_PERIOD, fixed_batch
 from engine.model import Decoder
 from engine.pretraining.mixture import RepetitionMixture
 from engine.pretraining.run import PROMPT, tell
@@ -48,7 +49,7 @@ def test_every_step_and_every_checkup_is_there(result):
     assert result.checked[0] == 0
     assert result.checked[-1] == 60
     assert (np.diff(result.checked) > 0).all()
-    for name in ("held_out_loss", "induction", "previous_token", "copied"):
+    for name in ("held_out_loss", "text_loss", "random_loss", "induction", "previous_token", "copied"):
         assert getattr(result, name).shape == result.checked.shape
     assert ((result.induction >= 0) & (result.induction <= 1)).all()
 
@@ -57,6 +58,57 @@ def test_the_samples_begin_with_the_prompt_and_change(result):
     assert [sample.step for sample in result.samples] == [0, 50, 60]
     assert all(sample.text.startswith("One day, Lily and Tom went to the") for sample in result.samples)
     assert result.samples[0].text != result.samples[-1].text
+
+
+def test_a_text_of_ones_own_is_continued_from_words_that_are_held_out():
+    learned = "the cat sat on the mat. " * 100
+    found = train(text=learned + "a dog ran to its house, over hill and dale. " * 6, steps=1)
+    assert found.prompt in "a dog ran to its house, over hill and dale. " * 6
+    assert len(found.prompt.split()) >= 4
+    assert all(sample.text.startswith(found.prompt) for sample in found.samples)
+    assert all(len(sample.text) > len(found.prompt) for sample in found.samples)
+
+
+def test_a_text_without_spaces_has_a_prompt_that_leaves_room():
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FA5, 1500)))
+    found = train(text=text, steps=1)
+    assert 0 < len(found.prompt) <= 20
+    assert "\N{REPLACEMENT CHARACTER}" not in found.prompt
+    assert len(found.samples[0].text) > len(found.prompt)
+
+
+def test_the_two_kinds_of_samples_are_fixed_and_apart():
+    corpus = _training_text.read("", training.VOCAB_SIZE, training.BLOCK_SIZE)
+    recipe = training._recipe(training.Params(**TINY), samples=100)
+    text, again, random = (fixed_batch(corpus.learned, recipe, share) for share in (0.0, 0.0, 1.0))
+    assert torch.equal(text.inputs, again.inputs)
+    assert (text.targets >= 0).all()
+    stream = corpus.learned.tolist()
+    stream = " ".join(map(str, stream + stream[:64]))
+    assert all(" ".join(map(str, row)) in stream for row in text.inputs[:5].tolist())
+    assert (random.targets >= 0).float().mean() < 0.9  # the first round is not scored
+    (row, place) = (random.targets >= 0).nonzero()[0].tolist()
+    assert random.targets[row, place] in random.inputs[row, :place]
+
+
+def test_reading_one_kind_makes_that_kind_cheaper(result):
+    assert abs(result.text_loss[0] - GUESSING) < 0.3
+    assert result.text_loss[-1] == pytest.approx(result.loss[-10:].mean(), abs=0.3)  # it reads nothing else
+    assert result.random_loss[-1] > result.random_loss[0] - 0.3
+    read = train(text="the cat sat on the mat. a dog ran. " * 60, steps=60, learning_rate=0.01)
+    assert read.text_loss[-1] < read.random_loss[-1] - 2
+
+
+def test_the_maps_are_of_the_head_that_looks_back_most(result):
+    maps = result.head_maps.astype(np.float32)
+    assert maps.shape == (2, 2 * MAP_PERIOD, 2 * MAP_PERIOD)
+    assert maps.nbytes // 2 < 10_000  # float16; every partial result carries them
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=2e-3)
+    assert not np.triu(maps, 1).any()
+    assert np.abs(maps[0] - maps[1]).max() > 0.01
+    assert result.heads.shape == (len(result.checked), 2)
+    assert (result.heads >= 0).all()
+    assert (result.heads < [TINY["num_layers"], TINY["num_heads"]]).all()
 
 
 def test_what_was_predicted_is_near_what_was_measured(result):
@@ -184,6 +236,11 @@ def test_an_induction_head_forms_in_the_default_run():
     assert found.induction[found.checked <= 150].max() < 0.2
     assert found.copied[found.checked <= 150].max() < 0.2
     assert found.induction[-1] > 0.7
+    query = np.arange(MAP_PERIOD, 2 * MAP_PERIOD)
+    before, now = found.head_maps[:, query, query - MAP_PERIOD + 1].mean(-1)
+    assert before < 0.1
+    assert now == pytest.approx(found.induction[-1], abs=0.2)
+    assert found.random_loss[-1] < 1 < found.text_loss[-1]
     assert found.copied[-1] > 0.8
     assert found.held_out_loss[-1] < 2.6
 
@@ -246,17 +303,25 @@ def test_a_diverging_rate_names_the_step_and_keeps_what_was_learned():
 
 class TestBadInput:
     def test_heads_that_do_not_divide_the_width(self):
-        with pytest.raises(InputError, match="num_heads is 3: it must divide d_model, which is 64"):
+        with pytest.raises(InputError, match="Heads is 3: it must divide Width, which is 64"):
             experiments.parse("training", {"num_heads": "3"})
 
     def test_a_head_of_odd_width(self):
         with pytest.raises(InputError, match=r"head_dim is 1\b|even"):
             experiments.parse("training", {"d_model": "33", "num_heads": "11"})
 
-    @pytest.mark.parametrize("text", ["Hello.", "word " * 200])
-    def test_a_text_shorter_than_its_blocks(self, text):
+    def test_a_text_shorter_than_its_blocks(self):
         with pytest.raises(InputError, match="each part needs 65"):
-            train(text=text)
+            train(text="word " * 200)
+
+    @pytest.mark.parametrize("text", ["Hello.", "x" * 634, "é" * 310])
+    def test_a_text_whose_characters_are_too_few_is_refused_before_anything_runs(self, text):
+        with pytest.raises(InputError, match=f"has {len(text)} characters: .* sample of 64 tokens, so paste 1,500"):
+            experiments.parse("training", {"text": text})
+
+    @pytest.mark.parametrize("text", ["", "  ", "x" * 640, "é" * 320])
+    def test_a_text_that_may_be_long_enough_is_not(self, text):
+        assert experiments.parse("training", {"text": text}).text == text
 
     def test_spaces_alone_are_no_text(self):
         assert train(text="   ", steps=1).training_tokens == train(steps=1).training_tokens
@@ -265,6 +330,9 @@ class TestBadInput:
 def test_a_short_text_takes_smaller_batches_and_says_what_they_hold():
     found = train(text="the cat sat on the mat. " * 120, batch_size=32, steps=2)
     assert found.tokens_per_step == found.training_tokens // 64 * 64
+    whole = training.Params(**{**TINY, "batch_size": 32, "steps": 2}).predict(found.samples_to_learn)
+    assert found.predicted == whole
+    assert whole.flops < training.Params(**{**TINY, "batch_size": 32, "steps": 2}).predict().flops
     assert found.measured.flops == pytest.approx(found.predicted.flops, rel=0.1)
 
 
@@ -288,6 +356,7 @@ def test_the_tokenizer_has_not_seen_what_is_held_out():
 def test_the_recorded_run_is_the_shipped_model_s():
     found = _training.recorded_run()
     assert found.tokens_per_step > 1000
+    assert found.text_share == pytest.approx(0.8)
     assert found.checked[0] == 0
     assert found.checked[-1] == found.step[-1] == len(found.loss)
     assert found.held_out_loss[-1] < 2
@@ -300,6 +369,8 @@ def test_the_recorded_run_is_the_shipped_model_s():
 def test_its_properties_hold(seed):
     found = training_tests.run(training_tests.Params(**{**TINY, "seed": seed}), LocalJob())
     assert len(found.checks) == 5
+    assert all("depth, width, heads and seed of this page" in check.must for check in found.checks)
+    assert sum("learning rate of its own, 0.004" in check.must for check in found.checks) == 2
     assert all(check.passed for check in found.checks), found.checks
 
 

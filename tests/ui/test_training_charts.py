@@ -6,6 +6,7 @@ import pytest
 from ui import theme
 from ui.charts import training as charts
 from ui.charts.training import Line
+from ui.training.sentences import stripe as stripe_score
 from ui.training.settings import amount
 
 X = np.arange(1, 41)
@@ -94,6 +95,47 @@ def test_a_note_says_where_the_rest_comes_from():
     fig = draw(Line("loss", X, Y), marks=[(1, "one")], note="recorded elsewhere")
     assert [annotation.text for annotation in fig.layout.annotations] == ["one", "recorded elsewhere"]
     assert len(draw(Line("loss", X, Y)).layout.annotations) == 0
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_moment_is_an_upright_line_with_its_name(logarithmic):
+    layout = draw(Line("loss", X, Y), moment=(100, "head formed"), logarithmic=logarithmic).layout
+    (line,), (label,) = layout.shapes, layout.annotations
+    assert (line.x0, line.x1, line.y0, line.y1, line.yref) == (100, 100, 0, 1, "paper")
+    assert label.text == "head formed"
+    assert label.x == (2 if logarithmic else 100)  # Plotly's annotations take the exponent there
+
+
+def test_a_dotted_curve_has_no_markers_that_hide_another():
+    (trace,) = draw(Line("one kind", X, Y, 2, dotted=True)).data
+    assert trace.line.dash == "dot"
+    assert trace.mode == "lines"
+
+
+def test_the_table_has_every_point_of_every_curve_once():
+    table = charts.table([Line("training loss", X, Y), Line("held-out loss", X[::8], Y[::8] + 1)], "step")
+    assert list(table.columns) == ["step", "curve", "value"]
+    assert len(table) == len(X) + len(X[::8])
+    held_out = table[table.curve == "held-out loss"]
+    np.testing.assert_array_equal(held_out.step, X[::8])
+    np.testing.assert_array_equal(held_out.value, Y[::8] + 1)
+
+
+@pytest.mark.parametrize("period", [3, 24])
+def test_the_stripe_lies_between_the_lines(period):
+    stripe = np.zeros((2 * period, 2 * period), np.float16)
+    query = np.arange(period, 2 * period)
+    stripe[query, query - period + 1] = 1
+    assert stripe_score(stripe) == pytest.approx(1)
+    fig = charts.look_back(np.tri(2 * period, dtype=np.float16), stripe, ("before", "now"))
+    before, now = fig.data
+    assert np.isnan(before.z[0][1])
+    np.testing.assert_array_equal(np.array(now.z)[np.tri(2 * period, dtype=bool)], stripe[np.tri(2 * period) > 0])
+    for low, high in (fig.layout.shapes[:2], fig.layout.shapes[2:]):
+        for x, y in zip(query - period + 1, query, strict=True):
+            assert y - low.y0 + low.x0 < x < y - high.y0 + high.x0
+        assert high.x1 - high.x0 == high.y1 - high.y0
+    assert [note.text for note in fig.layout.annotations] == ["before", "now"]
 
 
 @pytest.mark.parametrize(

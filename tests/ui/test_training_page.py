@@ -12,19 +12,14 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import ui.run
-from engine.experiments import _training, training
-from engine.runtime import Runtime
+from engine.experiments import _training, attention, training
+from engine.runtime.jobs import LocalJob
+from ui.training.settings import amount
 
 APP = Path(__file__).parents[2] / "app.py"
 SECONDS = 90
+TOO_SHORT = "Your text has 10 characters"
 TINY = {"num_layers": 1, "d_model": 32, "num_heads": 2, "batch_size": 2, "steps": 60, "learning_rate": "0.01"}
-
-
-@pytest.fixture(scope="module")
-def real_runtime():
-    runtime = Runtime.start(warm_up=("engine.tracing",))
-    yield runtime
-    runtime.close()
 
 
 @pytest.fixture
@@ -88,6 +83,13 @@ def names(app, key):
 def test_nothing_runs_before_it_is_asked_for_and_the_cost_is_predicted(lab):
     app = lab()
     assert "Nothing is trained yet" in words(app)
+    recorded = _training.recorded_run()
+    assert names(app, "training_storyteller_heads") == ["induction", "previous token"]
+    induction = spec(app, "training_storyteller_heads")["data"][0]["y"]
+    np.testing.assert_array_equal(induction, recorded.induction[recorded.checked > 0])
+    assert "head formed" in str(spec(app, "training_storyteller_loss")["layout"]["annotations"])
+    assert app.slider(key="training_random_share").value == 0.6  # not hidden in the expander
+    assert not [slider for box in app.expander for slider in box.slider if slider.key == "training_random_share"]
     before = next(caption.value for caption in app.caption if caption.value.startswith("Predicted"))
     app.slider(key="training_num_layers").set_value(4)
     finished(app)
@@ -100,10 +102,16 @@ def test_a_run_is_drawn_alone_along_its_steps(lab):
     assert "All 60 steps were taken" in words(app)
     assert f"guessing costs {math.log(training.VOCAB_SIZE):.2f}) to" in words(app)
     assert names(app, "training_loss")[:3] == ["training loss, single steps", "training loss", "held-out loss"]
-    assert names(app, "training_loss")[3:] == []  # its steps hold other numbers of tokens
+    # Its steps hold other numbers of tokens than the storyteller's, which is not drawn.
+    assert names(app, "training_loss")[3:] == ["text it reads", "random, said again"]
     assert names(app, "training_heads") == ["induction", "previous token", "copied right"]
     assert "the last tenth of the text" in words(app)
     assert "No induction head formed in 60 steps" in words(app)
+    assert "An induction head looks for the last time" in words(app)
+    assert "60% of what it reads is random tokens said twice" in words(app)
+    before, now = json.loads(app.get_by_key("training_look_back").proto.spec)["data"]
+    assert before["z"] != now["z"]
+    assert "on 24 random tokens said twice" in words(app)
     assert "Step 0\n" in words(app).replace("*", "")
     assert "One day, Lily and Tom went to the" in words(app)
     assert app.table[0].value.loc["parameters"].nunique() == 1
@@ -112,8 +120,8 @@ def test_a_run_is_drawn_alone_along_its_steps(lab):
 def test_along_the_tokens_both_runs_are_whole(lab):
     app = train(lab(along="Tokens read"))
     assert all(trace["x"][0] > 0 for trace in spec(app, "training_heads")["data"])
-    assert names(app, "training_loss")[3:] == ["shipped, held-out"]
-    shipped, recorded = spec(app, "training_loss")["data"][3], _training.recorded_run()
+    assert names(app, "training_loss")[5:] == ["storyteller (recorded)"]
+    shipped, recorded = spec(app, "training_loss")["data"][5], _training.recorded_run()
     assert shipped["line"]["dash"] == "dash"
     found = app.session_state["_run_training_run"].result
     nats_a_character = np.array(shipped["y"]) / found.characters_per_token
@@ -121,16 +129,27 @@ def test_along_the_tokens_both_runs_are_whole(lab):
     assert spec(app, "training_heads")["layout"]["xaxis"]["type"] == "log"
     assert len(spec(app, "training_heads")["data"][-1]["x"]) > 20
     for key in ("training_loss", "training_heads"):
-        assert "shipped: our model on an" in spec(app, key)["layout"]["annotations"][-1]["text"]
+        assert "storyteller: our model on an" in spec(app, key)["layout"]["annotations"][-1]["text"]
     assert "scored on random tokens of" in words(app)
-    assert "read blocks of 512 tokens" in words(app)
+    assert "80% text in blocks of 512 tokens" in words(app)
 
 
 def test_a_text_of_ones_own_is_not_compared_with_a_loss_on_another(lab):
     app = train(lab(along="Tokens read", text="the cat sat on the mat. " * 120, steps=10))
-    assert "shipped, held-out" not in names(app, "training_loss")
+    assert "storyteller (recorded)" not in names(app, "training_loss")
     assert "converted" not in words(app)
-    assert "shipped, induction" in names(app, "training_heads")
+    assert "storyteller (recorded)" in names(app, "training_heads")
+    assert "Lily" not in words(app)
+    assert "the same dice" in words(app)
+
+
+def test_a_batch_that_the_text_cannot_fill_is_said_and_foretold(lab):
+    app = train(lab(text="the cat sat on the mat. " * 120, steps=10, batch_size=64))
+    found = app.session_state["_run_training_run"].result
+    assert f"so a batch holds {found.samples_to_learn}, not 64." in words(app)
+    beside = next(caption.value for caption in app.caption if caption.value.startswith("Predicted"))
+    assert f"{amount(found.predicted.flops)}FLOP" in beside.replace("\\", "")
+    assert app.table[0].value.loc["arithmetic of 10 steps", "predicted"] == f"{amount(found.predicted.flops)}FLOP"
 
 
 def test_other_settings_wait_for_the_button(lab):
@@ -158,42 +177,59 @@ def test_a_rate_that_is_too_high_names_the_step(lab):
 
 
 class TestBadInput:
-    def test_heads_that_do_not_divide_the_width_are_one_sentence(self, lab):
+    def test_only_heads_that_divide_the_width_are_offered(self, lab):
         app = lab(num_heads=3)
-        assert "num_heads is 3: it must divide d_model, which is 32" in words(app)
-        app.selectbox(key="training_num_heads").set_value(4)
+        assert "The link sets Heads to “3”, but it must be one of 1, 2, 4, 8, 16" in words(app)
+        assert not app.button(key="_training_train").disabled
+        app.slider(key="training_d_model").set_value(96)
+        finished(app)
+        app.selectbox(key="training_num_heads").set_value(3)
+        finished(app)
+        assert "must be" not in words(app)
+        app.slider(key="training_d_model").set_value(64)
         finished(app)
         assert "must divide" not in words(app)
+        assert app.selectbox(key="training_num_heads").value == 2
 
     def test_during_and_after_a_run_it_is_watched_all_the_same(self, lab):
         app = lab(**LONG)
         app.button(key="_training_train").click().run()
         watched(app, lambda app: True)
-        app.selectbox(key="training_num_heads").set_value(3).run()
+        app.text_area(key="training_text").set_value("Too short.").run()
         watched(app, lambda app: steps_drawn(app) > 0)
-        assert "num_heads is 3: it must divide" in words(app)
+        assert TOO_SHORT in words(app)
         assert app.button(key="_training_train").disabled
         app.button(key="_cancel_training_run").click().run()
         finished(app)
-        assert "num_heads is 3: it must divide" in words(app)
+        assert TOO_SHORT in words(app)
         assert "Cancelled after step" in words(app)
         assert chart_is_drawn(app)
         assert app.button(key="_training_train").disabled
-        app.selectbox(key="training_num_heads").set_value(2)
+        app.text_area(key="training_text").set_value("")
         finished(app)
         assert not app.button(key="_training_train").disabled
 
     @pytest.mark.parametrize("tab", ["Explore", "Predict", "Tests"])
     def test_before_a_run_every_tab_waits(self, lab, tab):
-        app = lab(num_heads=3, tab=tab)
-        assert "must divide" in words(app)
+        app = lab(text="Too short.", tab=tab)
+        assert TOO_SHORT in words(app)
         assert "Nothing to show for these settings" in words(app)
         assert app.button(key="_training_train").disabled
 
-    def test_a_text_too_short_is_one_sentence_and_stays(self, lab):
-        app = train(lab(text="Too short."))
-        assert "each part needs 65" in words(app)
+    def test_a_text_too_short_is_said_before_the_button_is_pressed_and_stays(self, lab):
+        app = lab(text="Too short.")
+        assert TOO_SHORT in words(app)
+        assert app.button(key="_training_train").disabled
         assert app.text_area(key="training_text").value == "Too short."
+
+    def test_a_text_whose_tokens_are_too_few_is_said_beside_the_button_too(self, lab):
+        app = train(lab(text="word " * 200))
+        assert "each part needs 65" in words(app)
+        assert "This training gave no result" in words(app)
+        app.text_area(key="training_text").set_value("")
+        finished(app)
+        train(app)
+        assert "gave no result" not in words(app)
 
     def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
         app = lab(steps="banana", learning_rate="fast")
@@ -290,7 +326,63 @@ def test_the_guess_lies_beside_what_was_measured(lab):
     assert "learned more than you expected" in words(app)
     app.slider(key="training_guess").set_value(1.0)
     finished(app)
+    assert "You said 5.9, it is" in words(app)  # a guess after the answer was seen is none
+    train(app)
+    assert "You said 1.0, it is" in words(app)
     assert "learned less than you expected" in words(app)
+
+
+def test_a_guess_that_was_never_made_is_not_judged(lab):
+    app = train(lab())
+    app.query_params["training_tab"] = "Predict"
+    app.session_state["training_tab"] = "Predict"
+    finished(app)
+    assert "Nothing was guessed before this run" in words(app)
+    assert "You said" not in words(app)
+    app.slider(key="training_guess").set_value(1.0)
+    finished(app)
+    assert "You said" not in words(app)
+    train(app)
+    assert "You said 1.0, it is" in words(app)
+
+
+def test_a_guess_counts_that_was_made_before_another_tab_s_button_was_pressed(lab):
+    app = lab(tab="Predict")
+    app.slider(key="training_guess").set_value(5.9)
+    finished(app)
+    app.session_state["training_tab"] = "Explore"
+    finished(app)
+    train(app)
+    app.session_state["training_tab"] = "Predict"
+    finished(app)
+    assert "You said 5.9, it is" in words(app)
+
+
+def test_the_model_opens_in_the_attention_lab(lab, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    app = train(lab())
+    app.button(key="_training_look").click().run()
+    assert not app.exception
+    assert [title.value for title in app.title] == ["What does each attention head look at?"]
+    folder = Path(app.query_params["attention_model"])
+    assert folder.parent == tmp_path / "uploads"
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    found = app.session_state["_run_training_run"].result
+    assert app.query_params["attention_text"] == f"{found.prompt} {found.prompt}"
+    seen = attention.run(attention.Params(model=str(folder), text=f"{found.prompt} {found.prompt}"), LocalJob())
+    assert seen.attention.shape[:2] == (1, 2)
+
+
+def test_a_full_disk_is_one_sentence(lab, monkeypatch):
+    app = train(lab())
+
+    def keep(files):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("engine.local_models.keep_upload", keep)
+    app.button(key="_training_look").click()
+    finished(app)
+    assert "could not be kept on the server's disk" in words(app)
 
 
 def test_the_tests_tab_is_green_on_this_shape(lab):

@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 
 from engine.experiments import training
+from engine.experiments._training import recorded_run
 from engine.experiments._training_cost import Cost
 from ui.training import sentences
-from ui.training.settings import cost_sentence, roughly, step_seconds
+from ui.training.settings import batch_sentence, cost_sentence, roughly, step_seconds
 
 
-def result(held_out=(5.8, 3.0), *, loss=(5.8, 3.0), copied=0.0, ended="finished", steps=None, seconds=10.0):
+def result(
+    held_out=(5.8, 3.0),
+    *,
+    loss=(5.8, 3.0),
+    text_loss=None,
+    random_loss=None,
+    induction=None,
+    heads=None,
+    copied=0.0,
+    ended="finished",
+    steps=None,
+    seconds=10.0,
+):
     """A run whose losses go through the given heights, evenly."""
     checkups = len(held_out)
     steps = steps or 40 * (checkups - 1)
@@ -25,9 +38,14 @@ def result(held_out=(5.8, 3.0), *, loss=(5.8, 3.0), copied=0.0, ended="finished"
         tokens_per_second=np.full(steps, 1000.0),
         checked=np.linspace(0, steps, checkups).astype(int),
         held_out_loss=np.array(held_out),
-        induction=np.zeros(checkups),
+        text_loss=np.array(text_loss or held_out),
+        random_loss=np.array(random_loss or held_out),
+        induction=np.array(induction if induction else [0.0] * checkups),
         previous_token=np.zeros(checkups),
         copied=copies,
+        heads=np.array(heads if heads else [(0, 0)] * checkups, int),
+        head_maps=np.zeros((2, 8, 8), np.float16),
+        prompt="One day",
         samples=[],
         steps=steps,
         ended=ended,
@@ -44,30 +62,79 @@ def result(held_out=(5.8, 3.0), *, loss=(5.8, 3.0), copied=0.0, ended="finished"
     )
 
 
-class TestRandomSamples:
-    def test_they_cost_less_only_if_they_are_copied(self):
-        learned = result(held_out=(5.8, 4.0), loss=(5.8, 2.0), copied=0.9)
-        assert "copied" in sentences.random_samples(learned)
-        for copied in (0.0, 0.4):
-            words = sentences.random_samples(result(held_out=(5.8, 4.0), loss=(5.8, 2.0), copied=copied))
-            assert "includes the random samples." in words
-        dear = result(held_out=(5.8, 2.0), loss=(5.8, 4.0), copied=0.9)
-        assert "cost less" not in sentences.random_samples(dear)
+class TestApart:
+    def test_the_kinds_have_their_own_numbers(self):
+        words = sentences.apart(result(held_out=(5.8, 4.0), text_loss=(5.8, 3.5), random_loss=(5.8, 5.5)), 0.6)
+        assert words == (
+            "The text that it reads costs 3.50, unread text 4.00. A random token that is said again costs 5.50."
+        )
+
+    @pytest.mark.parametrize(("share", "absent"), [(0.0, "random"), (1.0, "text")])
+    def test_what_is_not_read_is_not_said(self, share, absent):
+        assert absent not in sentences.apart(result(), share)
+
+    def test_copying_is_said_only_of_a_model_that_copies(self):
+        assert "now that it can be copied" in sentences.apart(result(copied=0.9), 0.6)
+        assert "copied" not in sentences.apart(result(copied=0.4), 0.6)
+
+
+class TestMixture:
+    @pytest.mark.parametrize("share", [0.05, 0.6, 1.0])
+    def test_the_share_is_said(self, share):
+        words = sentences.mixture(share)
+        assert words.startswith(f"{share:.0%} of what it reads is random tokens said twice")
+        assert "looking back" in words
+
+    def test_text_alone_is_text_alone(self):
+        assert "text alone" in sentences.mixture(0.0)
+        assert "0%" not in sentences.mixture(0.0)
+
+
+class TestInduction:
+    def test_the_head_that_formed_has_its_name(self):
+        found = result(held_out=(5.8, 4, 3), induction=(0.02, 0.6, 0.9), heads=((0, 1), (1, 0), (1, 0)))
+        assert sentences.induction(found).startswith(
+            "An induction head formed by step 40: layer 1, head 0, whose score is 60% there and 90% at the end."
+        )
+        assert sentences.formed(found) == 1
+
+    def test_another_one_that_is_better_at_the_end_has_its_own(self):
+        found = result(held_out=(5.8, 4, 3), induction=(0.02, 0.6, 0.9), heads=((0, 1), (1, 0), (1, 1)))
+        assert "layer 1, head 0, whose score is 60% there and, of layer 1, head 1, 90% at" in sentences.induction(found)
+
+    def test_none_has_no_name_and_no_moment(self):
+        found = result(induction=(0.02, 0.3))
+        assert "No induction head formed" in sentences.induction(found)
+        assert "layer" not in sentences.induction(found)
+        assert sentences.formed(found) is None
+
+    def test_the_maps_are_read_where_the_lines_are(self):
+        maps = np.zeros((2, 8, 8), np.float16)
+        maps[1, range(4, 8), range(1, 5)] = 0.75
+        words = sentences.look_back(dataclasses.replace(result(), head_maps=maps))
+        assert "4 random tokens said twice" in words
+        assert "3 tokens back: 0% of its attention before the first step, 75% after step 40" in words
+
+
+def test_the_storyteller_is_explained_with_its_own_numbers():
+    words = sentences.storyteller(recorded_run(), 4096)
+    assert "the model that comes with the workbench" in words
+    assert "80% text in blocks of 512 tokens, 4 times as many tokens a step" in words
 
 
 class TestByHeart:
-    def test_it_is_said_where_the_training_loss_fell_on(self):
-        words = sentences.loss(result(held_out=(5.8, 3.0, 4.0), loss=(5.8, 3.0, 1.0)))
+    def test_it_is_said_where_the_text_that_it_reads_became_cheaper(self):
+        words = sentences.loss(result(held_out=(5.8, 3.0, 4.0), text_loss=(5.8, 3.0, 1.0)))
         assert "lowest after step 40 (3.00): after that the model learned its text by heart" in words
 
     @pytest.mark.parametrize(
         "values",
         [
-            {"loss": (5.8, 3.0, 4.0)},
-            {"loss": (5.8, 3.0, 1.0), "ended": "diverged"},
-            {"loss": (5.8, 3.0, 1.0), "copied": (0.0, 0.0, 0.9)},
+            {"text_loss": (5.8, 3.0, 4.0)},
+            {"text_loss": (5.8, 3.0, 1.0), "ended": "diverged"},
+            {"text_loss": (5.8, 3.0, 3.0), "loss": (5.8, 3.0, 1.0), "random_loss": (5.8, 3.0, 0.1)},
         ],
-        ids=["the training loss rose", "diverged", "it learned to copy"],
+        ids=["the text became dearer", "diverged", "it learned to copy"],
     )
     def test_it_is_not_said_otherwise_but_the_lowest_is(self, values):
         words = sentences.loss(result(held_out=(5.8, 3.0, 4.0), **values))
@@ -75,10 +142,10 @@ class TestByHeart:
         assert "lowest after step 40 (3.00)." in words
 
     def test_a_loss_that_is_lowest_at_the_end_has_no_such_sentence(self):
-        assert "lowest" not in sentences.loss(result(held_out=(5.8, 4.0, 3.0), loss=(5.8, 3.0, 1.0)))
+        assert "lowest" not in sentences.loss(result(held_out=(5.8, 4.0, 3.0), text_loss=(5.8, 3.0, 1.0)))
 
     def test_a_run_that_was_best_before_it_began_learned_nothing_by_heart(self):
-        assert "by heart" not in sentences.loss(result(held_out=(5.8, 6.5), loss=(5.8, 3.0)))
+        assert "by heart" not in sentences.loss(result(held_out=(5.8, 6.5), text_loss=(5.8, 3.0)))
 
 
 class TestGuessing:
@@ -117,6 +184,12 @@ def test_the_speed_is_that_of_the_steps_alone():
 
 
 class TestCost:
+    @pytest.mark.parametrize(("samples", "said"), [(18, "a batch holds 18, not 64."), (64, ""), (None, "")])
+    def test_a_batch_that_the_text_cannot_fill_is_said(self, samples, said):
+        words = batch_sentence(training.Params(), samples)
+        assert words.endswith(said)
+        assert bool(words) == bool(said)
+
     def test_the_arithmetic_of_many_default_runs_is_said(self):
         usual = training.Params()
         assert "times the arithmetic" not in cost_sentence(usual.predict(), None)

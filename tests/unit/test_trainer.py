@@ -531,7 +531,9 @@ class TestDiverging:
             states.append(weights(model))
 
         run = trainer(model, on_step=spoil)
-        with pytest.raises(DivergedError, match=r"step 4 of 6: the loss is no number any more.*try 0\.001") as raised:
+        with pytest.raises(
+            DivergedError, match=r"step 4 of 6: the loss is no number any more.*try a tenth of what was set, 0\.001"
+        ) as raised:
             run.train_steps(6)
         assert raised.value.step == 4
         assert run.step == 3
@@ -558,9 +560,33 @@ class TestDiverging:
     @pytest.mark.parametrize("seed", SEEDS)
     @pytest.mark.parametrize("rate", [3.0, 100.0])
     def test_a_rate_far_too_high_is_one_sentence(self, seed, rate):
-        words = rf"diverged at step \d+ of 200: .*learning rate was .*try {rate / 10:g} at most"
+        words = rf"diverged at step \d+ of 200: .*learning rate was .*try a tenth of what was set, {rate / 10:g}\."
         with pytest.raises(DivergedError, match=words):
             trainer(decoder(seed), learning_rate=rate, warmup=0.0, seed=seed).train_steps(200)
+
+    @pytest.mark.parametrize(
+        ("warmup", "spoiled_after", "said"),
+        [
+            (0.5, 1, r"was 4, in its warm-up, on the way to 10: try a tenth of what was set, 1\.$"),
+            (0.5, 4, r"was 10: try a tenth of what was set, 1\.$"),
+            (0.0, 8, r"was \d\.\d+, after at most 10: try a tenth of what was set, 1\.$"),
+        ],
+        ids=["on its way up", "at the top", "on its way down"],
+    )
+    def test_the_rate_is_said_with_where_it_was_on_its_way(self, warmup, spoiled_after, said):
+        model = decoder()
+
+        def spoil(report):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()  # whatever so high a rate has done, this guesses
+                if report.step == spoiled_after:
+                    model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+
+        run = trainer(model, on_step=spoil, learning_rate=10.0, warmup=warmup)
+        with pytest.raises(DivergedError, match=said) as raised:
+            run.train_steps(10)
+        assert raised.value.step == spoiled_after + 1
 
     def test_a_rate_that_works_is_not_stopped(self):
         losses = trainer(learning_rate=1e-2).train_steps(60)

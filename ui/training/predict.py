@@ -10,10 +10,8 @@ from ui.charts import training as charts
 from ui.page import NOTHING_TO_SHOW
 from ui.prose import plain
 from ui.training import sentences
-from ui.training.explore import STEPS, span
-from ui.training.settings import PREFIX, RUN, Settings
-
-_HEIGHT = 340
+from ui.training.curves import HEIGHT, STEPS, span
+from ui.training.settings import GUESS, PREFIX, RUN, Settings, keep_guess
 
 
 def predict(given: Settings) -> None:
@@ -26,13 +24,14 @@ def predict(given: Settings) -> None:
         f"**How far will it get?** Before it has learned anything, a token costs {sentences.GUESSING:.2f} nats. "
         f"What will a token of unread text cost after {asked.steps} steps?"
     )
-    guess = st.slider(
+    st.slider(
         "Your guess of the last held-out loss, nats a token",
         0.0,
         6.0,
         4.0,
         0.1,
-        key=f"{PREFIX}_guess",
+        key=GUESS,
+        on_change=keep_guess,
         bind="query-params",
     )
     if given.started is None:
@@ -40,11 +39,14 @@ def predict(given: Settings) -> None:
         return
 
     def draw(found: training.Result, params: training.Params) -> None:
-        _verdict(found, guess)
+        if given.guess is None:
+            st.caption("Nothing was guessed before this run. Set your guess for another, then press “Train again”.")
+            return
+        _verdict(found, given.guess)
         if found.ended != "running" and params != given.params:
             st.caption("The settings have changed since this run: guess again, then press “Train again”.")
 
-    run.watch("training", given.started, draw, key=RUN, height=_HEIGHT)
+    run.watch("training", given.started, draw, key=RUN, height=HEIGHT)
 
 
 def _verdict(found: training.Result, guess: float) -> None:
@@ -67,4 +69,4 @@ def _verdict(found: training.Result, guess: float) -> None:
         span=span(found, STEPS),
         mode=theme.mode(),
     )
-    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=sentences.progress(found), height=_HEIGHT)
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=sentences.progress(found), height=HEIGHT)

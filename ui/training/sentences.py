@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from engine.experiments import training
-from engine.experiments._training import recorded_run
+from engine.experiments._training import Recorded, recorded_run
 from ui.training.settings import amount, step_seconds
 
 FORMED = 0.5
 """From this score on a head is called an induction head."""
 
+INDUCTION_HEAD = (
+    "An induction head looks for the last time that the present token was read and at what came after it then, so that "
+    "it can be said again."
+)
+
 GUESSING = float(np.log(training.VOCAB_SIZE))
-_RECENT = 15  # steps
 _CLEAR = 0.05  # nats a token, less is no difference
 _COPIES = 0.5  # share of the second round that is right
 
@@ -40,38 +44,60 @@ def loss(found: training.Result) -> str:
 
 
 def _by_heart(found: training.Result, best: int) -> bool:
-    """Whether the training loss fell since checkup `best`, and not for another reason than the text."""
-    until = int(found.checked[best])
-    if found.ended == "diverged" or until < 1 or len(found.loss) <= until:
-        return False
-    fell = found.loss[-_RECENT:].mean() < found.loss[max(0, until - _RECENT) : until].mean() - _CLEAR
-    copying = found.copied[-1] > found.copied[best] + 0.1
-    return bool(fell and not copying)
+    """Whether the text that it reads has become cheaper since checkup `best`."""
+    fell = found.text_loss[-1] < found.text_loss[best] - _CLEAR
+    return bool(fell and best > 0 and found.ended != "diverged")
 
 
-def random_samples(found: training.Result) -> str:
-    """What the random samples do to the training loss."""
-    words = "The training loss includes the random samples"
-    cheaper = found.loss[-_RECENT:].mean() < found.held_out_loss[-1]
-    if found.copied[-1] > _COPIES and cheaper:
-        words += ", which cost less now that their second half can be copied"
-    return f"{words}."
+def apart(found: training.Result, random_share: float) -> str:
+    """What the kinds of tokens cost of which the training loss is the mean."""
+    words = []
+    if random_share < 1:
+        words.append(
+            f"The text that it reads costs {found.text_loss[-1]:.2f}, unread text {found.held_out_loss[-1]:.2f}."
+        )
+    if random_share > 0:
+        why = ", now that it can be copied" if found.copied[-1] > _COPIES else ""
+        words.append(f"A random token that is said again costs {found.random_loss[-1]:.2f}{why}.")
+    return " ".join(words)
+
+
+def mixture(random_share: float) -> str:
+    """Why a head forms or does not: what the model reads."""
+    if random_share == 0:
+        return "It reads text alone, which rarely makes a head in so few steps."
+    return (
+        f"{random_share:.0%} of what it reads is random tokens said twice: only by looking back can their second half "
+        "be foretold; text alone rarely makes a head in so few steps."
+    )
+
+
+def formed(found: training.Result) -> int | None:
+    """The first checkup at which there was an induction head; None if there was none."""
+    reached = np.flatnonzero(found.induction >= FORMED)
+    return int(reached[0]) if len(reached) else None
+
+
+def head_name(found: training.Result, checkup: int) -> str:
+    """The best induction head at a checkup, e.g. ``"layer 1, head 0"``."""
+    layer, head = found.heads[checkup]
+    return f"layer {layer}, head {head}"
 
 
 def induction(found: training.Result) -> str:
-    """Whether and when a head learned to look back."""
-    formed = np.flatnonzero(found.induction >= FORMED)
+    """Whether and when a head learned to look back, and which."""
+    first, last = formed(found), len(found.checked) - 1
     running = found.ended == "running"
-    if len(formed):
-        first = formed[0]
-        since = (
-            ""
-            if found.checked[first] == found.checked[-1]
-            else (f" there and {found.induction[-1]:.0%} {'by now' if running else 'at the end'}")
+    if first is not None:
+        words = (
+            f"An induction head formed by step {found.checked[first]}: {head_name(found, first)}, whose score is "
+            f"{found.induction[first]:.0%}"
         )
+        if first < last:
+            other = "" if (found.heads[first] == found.heads[last]).all() else f", of {head_name(found, last)},"
+            words += f" there and{other} {found.induction[last]:.0%} {'by now' if running else 'at the end'}"
         return (
-            f"An induction head formed by step {found.checked[first]}: its score is {found.induction[first]:.0%}"
-            f"{since}. The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
+            f"{words}. The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
             f"are said again the model gets {found.copied[-1]:.0%} right."
         )
     words = (
@@ -84,10 +110,37 @@ def induction(found: training.Result) -> str:
     if recorded is not None and (recorded.induction >= FORMED).any():
         read = recorded.checked[(recorded.induction >= FORMED).argmax()] * recorded.tokens_per_step
         words += (
-            f" The shipped model's had formed when it had read {read:,} tokens; this run read "
+            f" The storyteller's had formed when it had read {read:,} tokens; this run read "
             f"{found.checked[-1] * found.tokens_per_step:,}."
         )
     return words
+
+
+def look_back(found: training.Result) -> str:
+    """What the drawn head does between the lines."""
+    before, now = (stripe(weights) for weights in found.head_maps)
+    period = found.head_maps.shape[1] // 2
+    return (
+        f"The head that looks back most, {head_name(found, -1)}, on {period} random tokens said twice. Between the "
+        f"lines a token of the second round looks one place past where it stood in the first, {period - 1} tokens "
+        f"back: {before:.0%} of its attention before the first step, {now:.0%} after step {found.checked[-1]}."
+    )
+
+
+def stripe(weights: np.ndarray) -> float:
+    """The induction score of one map (2P, 2P): the mean over queries q ≥ P of its weight on key q − P + 1."""
+    period = len(weights) // 2
+    query = np.arange(period, 2 * period)
+    return float(weights[query, query - period + 1].mean(dtype=np.float32))
+
+
+def storyteller(recorded: Recorded, tokens_per_step: int) -> str:
+    """What the dashed curve is, and why it runs otherwise."""
+    return (
+        "The storyteller is the model that comes with the workbench. It read another mixture, "
+        f"{recorded.text_share:.0%} text in blocks of {recorded.block_size} tokens, "
+        f"{recorded.tokens_per_step / tokens_per_step:.2g} times as many tokens a step."
+    )
 
 
 def progress(found: training.Result) -> str:

@@ -16,9 +16,12 @@ from ui.prose import plain
 
 PREFIX = TRAINING.url_path
 RUN = f"{PREFIX}_run"
+GUESS = f"{PREFIX}_guess"
+_GUESS_SET, _GUESSED = f"_{GUESS}_set", f"_{GUESS}_made"
 _STARTED = f"_{PREFIX}_started"
 _MANY_TIMES = 20
 _PREFIXES = ("", "k", "M", "G", "T", "P")
+_HEADS = (1, 2, 3, 4, 8, 16)
 _RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
 
 
@@ -29,10 +32,12 @@ class Settings:
     Args:
         params: the settings now; None if they make no sense (the sentence is then on the page).
         started: those that were last started; None before the first run.
+        guess: of the last held-out loss, if one was made before that run.
     """
 
     params: training.Params | None
     started: training.Params | None
+    guess: float | None
 
 
 def settings() -> Settings:
@@ -40,18 +45,20 @@ def settings() -> Settings:
     values = controls.controls(
         training.Params,
         prefix=PREFIX,
-        fields=["steps", "learning_rate", "num_layers", "d_model", "num_heads"],
+        fields=["steps", "learning_rate", "random_share", "num_layers", "d_model"],
         steps=Look(minimum=10, maximum=2000, step=10),
         learning_rate=Look(options=_RATES, name=lambda rate: f"{rate:g}", widget="select"),
-        num_heads=Look(options=(1, 2, 3, 4, 8, 16), widget="select"),
+    )
+    dividing = [heads for heads in _HEADS if values["d_model"] % heads == 0]
+    values |= controls.controls(
+        training.Params, prefix=PREFIX, fields=["num_heads"], num_heads=Look(options=dividing, widget="select")
     )
     with st.expander("Text, batch and seed", icon=":material/tune:"):
-        values |= controls.controls(
-            training.Params, prefix=PREFIX, fields=["random_share", "batch_size", "seed", "text"]
-        )
+        values |= controls.controls(training.Params, prefix=PREFIX, fields=["text", "batch_size", "seed"])
     params = controls.validated(training.Params, values)
     if params is not None:
-        st.caption(plain(cost_sentence(params.predict(), run.latest(RUN))))
+        samples = _samples(params)
+        st.caption(plain(cost_sentence(params.predict(samples), run.latest(RUN)) + batch_sentence(params, samples)))
     started, running = st.session_state.get(_STARTED), run.is_running(RUN)
     label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
     st.button(
@@ -71,7 +78,27 @@ def settings() -> Settings:
             if running
             else "What you see was trained with other settings: press “Train again” for these."
         )
-    return Settings(params, started)
+    if started is not None and not running and run.params_of(RUN) != started:
+        st.warning("This training gave no result: the note where the curves stand says why.", icon=":material/info:")
+    return Settings(params, started, st.session_state.get(_GUESSED))
+
+
+def keep_guess() -> None:
+    """Remember that the slider of the guess was moved, for a training that is started from another tab."""
+    st.session_state[_GUESS_SET] = st.session_state[GUESS]
+
+
+def batch_sentence(params: training.Params, samples: int | None) -> str:
+    """That a batch holds less than was asked for, where that is known."""
+    if samples is None or samples >= params.batch_size:
+        return ""
+    return f" The text has {samples} samples, so a batch holds {samples}, not {params.batch_size}."
+
+
+def _samples(params: training.Params) -> int | None:
+    """How many samples the text holds, if it was the last run's."""
+    last, known = run.latest(RUN), run.params_of(RUN)
+    return last.samples_to_learn if known is not None and known.text == params.text else None
 
 
 def cost_sentence(cost: Cost, last: training.Result | None) -> str:
@@ -112,5 +139,7 @@ def amount(number: float) -> str:
 
 
 def _start(params: training.Params) -> None:
-    st.session_state[_STARTED] = params
+    state = st.session_state
+    moved = state.pop(_GUESS_SET, None)
+    state[_STARTED], state[_GUESSED] = params, state.get(GUESS, moved)
     run.ask_again(RUN)
