@@ -10,6 +10,7 @@ Legend: B batch, H query heads, G key/value heads, T queries, S keys, d head wid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -248,9 +249,9 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, d), keys and values (B, G, S, d), rotated to their positions where there is `rotary`."""
-        q = self.split_heads(_finite_linear(self.q_proj, query))  # (B, H, T, d)
-        k = self.split_heads(_finite_linear(self.k_proj, key))  # (B, G, S, d)
-        v = self.split_heads(_finite_linear(self.v_proj, value))  # (B, G, S, d)
+        q = self.split_heads(finite_product(self.q_proj, query))  # (B, H, T, d)
+        k = self.split_heads(finite_product(self.k_proj, key))  # (B, G, S, d)
+        v = self.split_heads(finite_product(self.v_proj, value))  # (B, G, S, d)
         if self.rotary is not None:
             table = self.rotary.table(torch.arange(k.shape[-2], device=k.device))
             q, k = rotate(q, table[-q.shape[-2] :]), rotate(k, table)
@@ -280,7 +281,7 @@ class MultiHeadAttention(nn.Module):
         """
         q, k, v = self.project(query, key, value)
         output, weights = attend(q, k, v, self._per_head(mask, q, k))  # (B, H, T, d), (B, H, T, S)
-        return _finite_linear(self.o_proj, output.transpose(1, 2).flatten(2)), weights
+        return finite_product(self.o_proj, output.transpose(1, 2).flatten(2)), weights
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, H·d) → (B, H, T, d)."""
@@ -294,10 +295,18 @@ class MultiHeadAttention(nn.Module):
         return mask
 
 
-def _finite_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`linear(x)`, finite for every finite `x`: what would overflow saturates, in the input of the sum and after it."""
-    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max / (2**24 * x.shape[-1]))
-    y = linear(x.clamp(-limit, limit))
+def finite_product(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`product(x)`, a linear map of x (..., I), finite for every finite x: what would overflow saturates.
+
+    x is clamped so that neither the dtype that the product is computed in, which autocast may choose, nor a partial
+    sum in float32 overflows; the result is clamped to the largest finite numbers of its own dtype.
+    """
+    device, computed = x.device.type, x.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        computed = torch.get_autocast_dtype(device)
+    largest = min(torch.finfo(dtype).max for dtype in (x.dtype, computed))
+    limit = min(largest, torch.finfo(torch.float32).max / (2**24 * x.shape[-1]))
+    y = product(x.clamp(-limit, limit))
     return y.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)
 
 

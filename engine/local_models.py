@@ -8,10 +8,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _UPLOADS = "uploads"
-_KEPT = 100  # uploads; the oldest go first
+_KEPT, _KEPT_BYTES = 100, 2 * 10**9  # uploads and what they hold together; the oldest go first
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -40,7 +41,8 @@ def cache_folder() -> Path:
 def keep_upload(files: Mapping[str, bytes]) -> Path:
     """Write uploaded files into a folder of their own, which is named by what they hold.
 
-    The workers must see the same cache folder as the web process. Only the latest hundred uploads are kept.
+    The workers must see the same cache folder as the web process. Only the latest hundred uploads are kept, and of
+    those no more than 2 GB, but always the latest one.
 
     Args:
         files: contents by name; the names are ours, never the uploader's.
@@ -53,7 +55,7 @@ def keep_upload(files: Mapping[str, bytes]) -> Path:
         digest.update(f"{name}:{len(content)}:".encode() + content)
     uploads = cache_folder() / _UPLOADS
     folder = uploads / digest.hexdigest()[:32]
-    if folder.is_dir():
+    with suppress(FileNotFoundError):
         os.utime(folder)
         return folder
     uploads.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,14 @@ def uploaded(name: str) -> Path | None:
 
 
 def _forget_old(uploads: Path) -> None:
-    folders = sorted(uploads.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
-    for folder in folders[_KEPT:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the oldest, down to what is kept; another process may be doing the same."""
+    found = []
+    for folder in uploads.iterdir():
+        with suppress(OSError):
+            nbytes = sum(file.stat().st_size for file in folder.iterdir())
+            found.append((folder.stat().st_mtime_ns, nbytes, folder))
+    total = 0
+    for place, (_, nbytes, folder) in enumerate(sorted(found, reverse=True)):
+        total += nbytes
+        if place >= _KEPT or (place > 0 and total > _KEPT_BYTES):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -51,17 +51,20 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """What each of `layers` makes of the same x, as if they were called one after the other.
 
     Layers of one class may know a way that takes fewer kernels: the class then has a method `together` with these
-    arguments. Layers with hooks are called, so that whoever watches them sees what goes in and out.
+    arguments. Layers with hooks, of their own or of all modules, are called, so that whoever watches them sees what
+    goes in and out.
     """
     kind = type(layers[0])
-    if hasattr(kind, "together") and all(type(layer) is kind and not _has_hooks(layer) for layer in layers):
+    if hasattr(kind, "together") and all(type(layer) is kind and not has_hooks(layer) for layer in layers):
         return kind.together(layers, x)
     return tuple(layer(x) for layer in layers)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of `layer` itself, without its parts, does more than its `forward`: hooks of its own or global."""
     forward, backward = layer._forward_hooks, layer._backward_hooks
-    return bool(forward or backward or layer._forward_pre_hooks or layer._backward_pre_hooks)
+    own = forward or backward or layer._forward_pre_hooks or layer._backward_pre_hooks
+    return bool(own or torch.nn.modules.module._has_any_global_hook())
 
 
 class SwiGLU(nn.Module):

@@ -56,6 +56,7 @@ TIERS = (
             "engine/generation.py",
             "engine/llama.py",
             "engine/lora/__init__.py",
+            "engine/lora/adapter_config.py",
             "engine/lora/adapter_files.py",
             "engine/lora/injection.py",
             "engine/lora/linear.py",

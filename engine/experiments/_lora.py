@@ -202,10 +202,9 @@ class RecordedSteps:
         notes: of each run, what is to be known about it; the last run is of the code as it is.
         floor_ms: the arithmetic of the model's forward pass and of its activations' gradient, at the speed of one large
             product, both of the last run.
-        kernels_ms: of one step of our Decoder, by kind of kernel, from a profile in the first run.
-        all_kernels_ms: all of them.
-        loss_differences: largest over `loss_steps` steps from one start, nats a token, by what is compared.
-        loss_steps: how many.
+        kernels: share of a step's kernel time, by kind, in the last profile of our Decoder; empty if there is none.
+        profiled: in which run that was, from 0; None if in none.
+        losses: of every step from one start, nats a token, by what was run.
         parameters: of the model.
         vocab_size: V.
         workload: batch and adapters, in words.
@@ -217,10 +216,9 @@ class RecordedSteps:
     measured: tuple[StepCost, ...]
     notes: tuple[str, ...]
     floor_ms: float
-    kernels_ms: dict[str, float]
-    all_kernels_ms: float
-    loss_differences: dict[str, float]
-    loss_steps: int
+    kernels: dict[str, float]
+    profiled: int | None
+    losses: dict[str, tuple[float, ...]]
     parameters: int
     vocab_size: int
     workload: str
@@ -233,6 +231,11 @@ class RecordedSteps:
     def latest(self) -> dict[str, StepCost]:
         """Each way as the last run that has it measured it."""
         return {cost.way: cost for cost in self.measured}
+
+    def loss_difference(self, one: str, other: str, steps: int | None = None) -> float:
+        """The largest difference between the losses of two runs, over their first steps or all."""
+        pairs = zip(self.losses[one][:steps], self.losses[other][:steps], strict=True)
+        return max(abs(loss - other_loss) for loss, other_loss in pairs)
 
     @property
     def provenance(self) -> str:
@@ -250,7 +253,11 @@ def recorded_steps() -> RecordedSteps | None:
         return None
     runs = log["runs"]
     rows = [(number, row) for number, run in enumerate(runs) for row in run["rows"]]
-    evidence, losses = rows[-1][1]["evidence"], runs[-1]["losses"]
+    evidence = rows[-1][1]["evidence"]
+    compared = [run["losses"]["runs"] for run in runs if "losses" in run]
+    profiles = [(number, run["profile"]) for number, run in enumerate(runs) if "profile" in run]
+    profiles = [found for found in profiles if found[1]["row"] == "ours, Decoder"]
+    profiled, profile = profiles[-1] if profiles else (None, {"kernels_ms": {}, "all_kernels_ms": 1.0})
     return RecordedSteps(
         measured=tuple(
             StepCost(
@@ -264,10 +271,9 @@ def recorded_steps() -> RecordedSteps | None:
         ),
         notes=tuple(run["note"] for run in runs),
         floor_ms=runs[-1]["floor"]["floor_ms"],
-        kernels_ms=runs[0]["profile"]["kernels_ms"],
-        all_kernels_ms=runs[0]["profile"]["all_kernels_ms"],
-        loss_differences=losses["largest_difference"],
-        loss_steps=len(losses["runs"]["ours"]),
+        kernels={kind: ms / profile["all_kernels_ms"] for kind, ms in profile["kernels_ms"].items()},
+        profiled=profiled,
+        losses={name: tuple(losses) for name, losses in compared[-1].items()} if compared else {},
         parameters=max(row["trainable"] for _, row in rows),
         vocab_size=log["model"]["vocab_size"],
         workload=evidence["shape"],

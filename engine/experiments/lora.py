@@ -29,7 +29,7 @@ LEARNING_RATES: dict[Method, float] = {
     "LoRA+": 1e-3,
     "full fine-tuning": 1e-3,
 }
-"""What each method learns best with here; with LoRA+ it is A's rate."""
+"""Where each method starts: chosen by a few tries on the storyteller, not by a search; with LoRA+ it is A's rate."""
 
 _CHARACTERS_PER_TOKEN = 3.5
 
@@ -41,7 +41,7 @@ _PUBLISHED: dict[ModelName, str] = {
 }
 """What an adapter's file calls the model that it belongs to."""
 
-Ending = Literal["running", "finished", "cancelled", "diverged"]
+Ending = Literal["running", "finished", "cancelled", "timed out", "diverged"]
 
 
 class TuningParams(ExperimentParams):
@@ -122,6 +122,13 @@ class Params(TuningParams):
         """The facts that are meant."""
         return _lora.parse_facts(self.facts) if self.facts.strip() else _lora.read_facts()
 
+    @property
+    def scaling(self) -> float | None:
+        """s, how often the update counts: α / R, for rank-stabilized LoRA α / √R; None for full fine-tuning."""
+        if self.method == "full fine-tuning":
+            return None
+        return self.alpha / (math.sqrt(self.rank) if self.method == "rank-stabilized LoRA" else self.rank)
+
     def predict(self) -> Cost:
         """What the run will take, before anything runs; how long, it says itself once it has taken a step.
 
@@ -164,7 +171,7 @@ class Answer:
     Args:
         question: that it is asked.
         expected: the answer.
-        before, after: what it says, greedily, up to its first full stop.
+        before, after: what it says, greedily, up to the answer's full stop.
         held_out: whether the question was never trained on in these words.
         right_before, right_after: whether it begins with exactly the answer and a full stop.
     """
@@ -349,8 +356,9 @@ def run(params: Params, job: Job) -> Result:
     try:
         trainer.train_steps(params.steps)
         if trainer.step < params.steps:
-            ended = "cancelled"
-            stopped = f"Stopped at its limit of {duration(params.time_limit)}," if job.timed_out else "Cancelled"
+            ended, stopped = "cancelled", "Cancelled"
+            if job.timed_out:
+                ended, stopped = "timed out", f"Stopped at its limit of {duration(params.time_limit)},"
             ending = f"{stopped} after step {trainer.step} of {params.steps}: what was learned until then is shown."
     except DivergedError as error:
         ended, ending = "diverged", f"{error} What was learned until then is shown."

@@ -5,7 +5,6 @@ Legend: N layers, R rank.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -73,12 +72,10 @@ def run(params: Params, job: Job) -> Result:
     """
     import torch
 
-    from engine.lora.adapter_files import CONFIG_FILE, read_adapter
+    from engine.lora.adapter_files import read_adapter
     from engine.lora.spectrum import effective_rank, singular_values
 
-    folder = _folder(params.path)
-    adapter = read_adapter(folder)
-    base_model = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    adapter = read_adapter(_folder(params.path))
     names = sorted(adapter.layers, key=_place)
     layers = [adapter.layers[name] for name in names]
     spectra = [singular_values(factors.A, factors.B, adapter.scaling) for factors in layers]
@@ -91,9 +88,10 @@ def run(params: Params, job: Job) -> Result:
         dora=adapter.dora,
         spectra=torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True).numpy(),
         effective_rank=ranks,
-        base_model=str(base_model) if base_model else None,
-        sentence=f"An adapter of rank {adapter.rank} for {len(ranks)} layers of {base_model or 'an unnamed model'}: "
-        f"its updates use {ranks.min():.1f} to {ranks.max():.1f} directions, {np.median(ranks):.1f} in the median.",
+        base_model=adapter.base_model,
+        sentence=f"An adapter of rank {adapter.rank} for {len(ranks)} layers of "
+        f"{adapter.base_model or 'an unnamed model'}: its updates use {ranks.min():.1f} to {ranks.max():.1f} "
+        f"directions, {np.median(ranks):.1f} in the median.",
     )
 
 
@@ -101,12 +99,13 @@ def _place(name: str) -> tuple[list[int], int, str]:
     """Where a layer stands in a model: a file has its layers in the order of the alphabet, 10 before 2."""
     order = _lora.TARGETS["all"]
     last = name.rpartition(".")[2]
-    return [int(number) for number in re.findall(r"\d+", name)], order.index(last) if last in order else -1, name
+    return [int(number) for number in re.findall(r"\d{1,9}", name)], order.index(last) if last in order else -1, name
 
 
 def _folder(path: str) -> Path:
     """The folder of the adapter at `path`, which may be its weights' file."""
-    from engine.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+    from engine.lora.adapter_config import CONFIG_FILE
+    from engine.lora.adapter_files import WEIGHTS_FILE
 
     if not path.strip():
         raise InputError(f"No adapter is named: give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.")

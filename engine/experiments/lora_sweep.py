@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Params(lora.TuningParams):
-    """The settings of the runs, which differ in rank only.
+    """The settings of the runs, which differ in rank and, as α stays, in the update's scale s.
 
     `learning_rate` is the adapters'; full fine-tuning has one of its own, since what suits a small update breaks the
     weights themselves.
@@ -54,6 +54,7 @@ class Point:
     Args:
         rank: of its adapters; None for full fine-tuning.
         trainable: numbers that were trained.
+        scaling: s of its adapters; None for full fine-tuning.
         learning_rate: the highest.
         final_loss: mean of the last tenth of its steps, in nats a token of the answers.
         accuracy: share of the training questions answered rightly at the end.
@@ -64,6 +65,7 @@ class Point:
 
     rank: int | None
     trainable: int
+    scaling: float | None
     learning_rate: float
     final_loss: float
     accuracy: float
@@ -116,9 +118,10 @@ def run(params: Params, job: Job) -> Result:
         leg = _Leg(job, index, len(runs))
         if (point := _points.get((tuning, job.device))) is None:
             found = lora.run(tuning, leg)
-            if found.ended == "cancelled":
-                stopped = f"Stopped at its limit of {duration(params.time_limit)}," if job.timed_out else "Cancelled"
-                return result("cancelled", f"{stopped} after {len(points)} of {len(runs)} runs, which are shown.")
+            if found.ended in ("cancelled", "timed out"):
+                late = found.ended == "timed out"
+                stopped = f"Stopped at its limit of {duration(params.time_limit)}," if late else "Cancelled"
+                return result(found.ended, f"{stopped} after {len(points)} of {len(runs)} runs, which are shown.")
             point = _keep(tuning, job.device, _point(tuning, found))
         points.append(point)
         leg.report(params.steps, params.steps, loss=point.final_loss, held_out_accuracy=point.held_out_accuracy)
@@ -146,6 +149,7 @@ def _point(tuning: lora.Params, found: lora.Result) -> Point:
     return Point(
         rank=None if tuning.method == "full fine-tuning" else tuning.rank,
         trainable=found.trainable,
+        scaling=tuning.scaling,
         learning_rate=found.learning_rate,
         final_loss=last.mean().item(),
         accuracy=found.accuracy[-1].item(),

@@ -5,11 +5,10 @@ Legend: S steps, M checkups.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from engine.finetuning.lessons import Lessons, answered_rightly
 from engine.lora.injection import adapted_layers
@@ -113,5 +112,4 @@ class Diary:
 
 def _grad_norm(parameters: list[nn.Parameter]) -> float:
     """√Σ‖gradient‖² over all of them."""
-    gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return math.sqrt(sum(gradient.float().square().sum().item() for gradient in gradients))
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).item()

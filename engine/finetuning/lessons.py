@@ -82,22 +82,34 @@ def answered_rightly(model: Decoder, lessons: Lessons) -> list[bool]:
 
 
 def answer(model: Decoder, lessons: Lessons) -> list[str]:
-    """What the model says to each question, greedily, up to its first full stop, on one line."""
+    """What the model says to each question, greedily, on one line.
+
+    It is heard up to its first full stop; where the right answer has some inside it, such as “3.14”, up to one more.
+    """
     tokenizer = lessons.tokenizer
     alike: dict[int, list[int]] = defaultdict(list)  # a batch of one length needs no padding
     asked = [_tokens(question, tokenizer) for question, _ in lessons.pairs]
     for index, ids in enumerate(asked):
         alike[len(ids)].append(index)
     said = [""] * len(asked)
-    device, full_stop = model.embed_tokens.weight.device, _tokens(".", tokenizer)[-1]
+    device = model.embed_tokens.weight.device
+    inside = any("." in right for _, right in lessons.pairs)
+    end_token = None if inside else _tokens(".", tokenizer)[-1]
     for length, indices in alike.items():
         room = min(max(_SPOKEN, lessons.longest_answer), model.config.max_seq_len - length)
         ids = torch.tensor([asked[index] for index in indices], device=device)
-        spoken = generate(model, ids, room, end_token=full_stop)[:, length:]
+        spoken = generate(model, ids, room, end_token=end_token)[:, length:]
         for index, text in zip(indices, spoken.tolist(), strict=True):
-            sentence, stop, _ = tokenizer.decode(text, skip_special_tokens=True).partition(".")
-            said[index] = " ".join((sentence + stop).split())
+            stops = lessons.pairs[index][1].count(".") + 1
+            said[index] = _up_to(tokenizer.decode(text, skip_special_tokens=True), stops)
     return said
+
+
+def _up_to(text: str, stops: int) -> str:
+    """The text to the given full stop, or all of it if it has fewer, on one line."""
+    *sentences, rest = text.split(".", stops)
+    heard = "".join(f"{sentence}." for sentence in sentences)
+    return " ".join((heard if len(sentences) == stops else heard + rest).split())
 
 
 def _spoken(answer: str) -> str:

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.errors import InputError
-from engine.lora.injection import adapted_layers, inject_lora, listed
+from engine.lora.adapter_config import CONFIG_FILE, LARGEST, read_config
+from engine.lora.injection import adapted_layers, inject_lora, listed, shortened
 from engine.lora.layer import ScalingRule, rank_stabilized_scaling, standard_scaling
 from engine.lora.linear import DoRALinear, LoRALinear
 from engine.model import Decoder
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
@@ -40,31 +39,7 @@ _HEAD = "lm_head"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _BASE = ".base_layer.weight"
 
-_UNDERSTOOD = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-}
-_DESCRIPTIVE = {  # which layers the adapter is for is read from the weights' names
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-_STARTS_BESIDE_THE_WEIGHT = (None, True, False, "gaussian", "eva", "orthogonal")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -94,6 +69,7 @@ class Adapter:
         dropout: that it was trained with.
         rank_stabilized: s = α / √R in place of α / R.
         layers: factors by the layers' names.
+        base_model: name or path of the model that it is for, shortened; None if the file does not say.
     """
 
     rank: int
@@ -101,6 +77,7 @@ class Adapter:
     dropout: float
     rank_stabilized: bool
     layers: dict[str, Factors]
+    base_model: str | None = None
 
     @property
     def scaling_rule(self) -> ScalingRule:
@@ -134,6 +111,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
     Raises:
         InputError: there are no adapters, or they differ in kind, rank or scaling.
     """
+    model = _uncompiled(model)
     layers = adapted_layers(model)
     if not layers:
         raise InputError("The model has no adapters to save: put some on it with inject_lora.")
@@ -185,7 +163,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         InputError: a file is missing, damaged, a pickle, or asks for what is not supported; the message says which.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").exists():
             raise InputError(
@@ -197,13 +175,17 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{WEIGHTS_FILE} is damaged or incomplete: fetch or save it again.") from error
-    return Adapter(
+    adapter = Adapter(
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config["lora_dropout"],
         rank_stabilized=config["use_rslora"],
         layers=_factors(tensors, config["r"], config["use_dora"]),
+        base_model=config["base_model_name_or_path"],
     )
+    for name, factors in adapter.layers.items():
+        _check_size(name, factors, adapter.scaling)
+    return adapter
 
 
 def load_adapter(
@@ -223,6 +205,7 @@ def load_adapter(
         InputError: as `read_adapter`, or the adapter is for another model: names or shapes differ.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    model = _uncompiled(model)
     layers = _rename(adapter.layers, model)
     for name, factors in layers.items():
         linear = model.get_submodule(name)
@@ -258,59 +241,6 @@ def load_adapter(
     return adapted
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The fields that are understood, each of its type; others must say nothing."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"The folder {folder.name} has no {CONFIG_FILE}.") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{CONFIG_FILE} is damaged or incomplete: fetch or save it again.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise InputError(f"{CONFIG_FILE} describes an adapter of the type {kind!r}, not 'LORA'.")
-    if "PISSA" in str(config.get("init_lora_weights")).upper():
-        raise InputError(
-            "The adapter started from PiSSA and holds for the reduced weights only: save it from PEFT with "
-            "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
-        )
-    if config.get("init_lora_weights") not in _STARTS_BESIDE_THE_WEIGHT:
-        raise InputError(
-            f"The adapter has init_lora_weights {config['init_lora_weights']!r}, which changes the base's weights and "
-            "is not supported."
-        )
-    asked = {
-        name: value
-        for name, value in config.items()
-        if name not in _UNDERSTOOD | _DESCRIPTIVE and value not in (None, False, "none", [], {})
-    }
-    if asked:
-        wishes = listed([f"{name} = {json.dumps(value)[:40]}" for name, value in asked.items()])
-        raise InputError(f"{CONFIG_FILE} asks for what is not supported here: {wishes}.")
-    return {
-        "r": _field(config, "r", None, lambda value: type(value) is int and value >= 1, "a whole number from 1"),
-        "lora_alpha": _field(
-            config,
-            "lora_alpha",
-            8,  # PEFT's own default
-            lambda value: type(value) in (int, float) and 0 < value < math.inf,
-            "a positive number",
-        ),
-        "lora_dropout": _field(
-            config, "lora_dropout", 0.0, lambda value: type(value) in (int, float) and 0 <= value < 1, "from 0 to 1"
-        ),
-        "use_rslora": _field(config, "use_rslora", False, lambda value: type(value) is bool, "true or false"),
-        "use_dora": _field(config, "use_dora", False, lambda value: type(value) is bool, "true or false"),
-    }
-
-
-def _field(config: Mapping[str, Any], name: str, default: Any, allowed: Callable[[Any], bool], what: str) -> Any:
-    value = config.get(name, default)
-    if not allowed(value):
-        raise InputError(f"{CONFIG_FILE} has {name} = {json.dumps(value)[:40]}: it must be {what}.")
-    return value
-
-
 def _factors(tensors: Mapping[str, Tensor], rank: int, dora: bool) -> dict[str, Factors]:
     """The tensors of the file by layer, each checked."""
     parts = (_A, _B, _MAGNITUDE) if dora else (_A, _B)
@@ -336,19 +266,43 @@ def _factors(tensors: Mapping[str, Tensor], rank: int, dora: bool) -> dict[str, 
 
 def _check_factors(name: str, tensor_of: Mapping[str, Tensor], rank: int) -> Factors:
     A, B, magnitude, brought = (tensor_of.get(part) for part in (_A, _B, _MAGNITUDE, _BASE))
+    name = shortened(name)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != rank or B.shape[1] != rank:
         raise InputError(
             f"The adapter of {name} has the shapes {tuple(A.shape)} and {tuple(B.shape)}, which is not rank {rank} as "
             f"{CONFIG_FILE} says."
+        )
+    if not (A.numel() and B.numel()):
+        raise InputError(
+            f"The adapter of {name} maps {A.shape[1]} to {B.shape[0]} numbers: a layer has at least one of each."
         )
     if magnitude is not None and magnitude.shape != B.shape[:1]:
         raise InputError(
             f"The magnitudes of {name} have the shape {tuple(magnitude.shape)}, they should be ({B.shape[0]},)."
         )
     for tensor in tensor_of.values():
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+        if tensor.dtype not in _DTYPES:
+            raise InputError(
+                f"The adapter of {name} is stored as {_dtype_name(tensor.dtype)}: save it as one of "
+                f"{', '.join(map(_dtype_name, _DTYPES))}."
+            )
+        if not tensor.float().isfinite().all():
             raise InputError(f"The adapter of {name} holds values that are not finite numbers.")
     return Factors(A.T, B.T, magnitude, brought)
+
+
+def _check_size(name: str, factors: Factors, scaling: float) -> None:
+    """Raise unless s·A·B, and what is met on the way to it, stays far from float32's largest numbers."""
+    norms = [torch.linalg.vector_norm(factor, dtype=torch.float64).item() for factor in (factors.A, factors.B)]
+    if not math.prod(max(1.0, size) for size in (scaling, *norms)) <= LARGEST:
+        raise InputError(
+            f"The update of {shortened(name)} is too large to compute with: the scaling is {scaling:.3g}, the factors' "
+            f"norms are {norms[0]:.3g} and {norms[1]:.3g}, and their product must be at most {LARGEST:g}."
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rename(layers: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
@@ -363,6 +317,11 @@ def _rename(layers: Mapping[str, Factors], model: nn.Module) -> dict[str, Factor
             return names
         best = min(best, missing, key=len)
     raise InputError(f"The adapter is for another model: this one has no linear layer {listed(best)}.")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` has wrapped, whose class and names count."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _llama_name(name: str) -> str:

@@ -30,6 +30,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 """Every matrix of a Llama's block."""
 
 _LISTED = 12
+_LONGEST = 120
 _COMPILED = "_orig_mod."
 
 
@@ -49,7 +50,8 @@ def inject_lora(
 
     A layer that several names lead to gets one adapter, reached by all of them. A weight that is tied to another
     layer's, as a head's to the embedding, stays tied and frozen; merging gives the head a weight of its own, and
-    unmerging ties it again. Either all layers are adapted or, after an error, none.
+    unmerging ties it again. A `pissa_start` changes the frozen weight, so that it gives the head one of its own for
+    good and leaves the embedding as it was. Either all layers are adapted or, after an error, none.
 
     Args:
         model: anything with `nn.Linear` layers, or with layers derived from it such as bitsandbytes' `Linear4bit`.
@@ -68,8 +70,8 @@ def inject_lora(
         The adapted layers by the names of those that they took the place of.
 
     Raises:
-        InputError: nothing matches (the message lists what there is), what matches cannot be adapted or is already, or
-            a value is out of range (it names the layer).
+        InputError: nothing matches (the message lists what there is), something that matches cannot be adapted or is
+            already, or a value is out of range (it names the layer).
     """
     patterns = (targets,) if isinstance(targets, str) else () if callable(targets) else tuple(targets)
     chosen = _select(model, targets if callable(targets) else partial(_matches, patterns), patterns)
@@ -203,9 +205,14 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many more there are."""
+    """The first few of `names`, each shortened, and how many more there are."""
     more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shortened, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+
+
+def shortened(name: str) -> str:
+    """What a sentence can hold of `name`."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:
@@ -215,6 +222,7 @@ def _matches(patterns: Sequence[str], name: str) -> bool:
 def _select(model: nn.Module, meant: Callable[[str], bool], patterns: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers whose names are meant; the patterns are for the message."""
     adapters = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LoRALinear)}
+    bypassed = _bypassed(model)
     chosen, linear_names, unsupported = {}, [], []
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or any(name.startswith(f"{adapter}.") for adapter in adapters):
@@ -224,17 +232,31 @@ def _select(model: nn.Module, meant: Callable[[str], bool], patterns: Sequence[s
             raise InputError(f"{name} has an adapter already: choose other layers, or load the model anew.")
         if matches and (type(module).__name__ == "Conv1D" or type(module) is NonDynamicallyQuantizableLinear):
             unsupported.append(f"{name} ({type(module).__name__})")
+        elif matches and id(module) in bypassed:
+            unsupported.append(f"{name} (of a {bypassed[id(module)]})")
         elif isinstance(module, nn.Linear):
             linear_names.append(name)
             if matches:
                 chosen[name] = module
-    if unsupported and not chosen:
-        raise InputError(f"Only nn.Linear layers can be adapted, which these are not: {listed(unsupported)}.")
+    if unsupported:
+        raise InputError(
+            "Only nn.Linear layers that their owner calls can be adapted, which does not hold for "
+            f"{listed(unsupported)}: choose targets without them."
+        )
     if not chosen:
         ends = Counter(name.rpartition(".")[2] for name in linear_names)
         there = listed([f"{end} ({count})" for end, count in ends.items()]) or "none"
         raise InputError(f"No linear layer's name matches {', '.join(patterns) or 'no pattern'}. There are: {there}.")
     return chosen
+
+
+def _bypassed(model: nn.Module) -> dict[int, str]:
+    """Layers, by id, whose weights their owner reads past any adapter, and the owner's class.
+
+    In eval mode nn.TransformerEncoderLayer hands its weights to one kernel and calls neither of its linear layers.
+    """
+    owners = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(linear): type(owner).__name__ for owner in owners for linear in (owner.linear1, owner.linear2)}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from engine.attention import finite_product
 from engine.errors import InputError
 
 ScalingRule = Callable[[float, int], float]
@@ -82,8 +83,8 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) → (…, O), finite for every finite x: what would overflow saturates."""
-        u = _saturated_product(x, self.A)  # (…, R)
-        return _saturated_product(u, self.scaling * self.B)  # (…, O)
+        u = finite_product(lambda x: x @ self.A.to(x.dtype), x)  # (…, R)
+        return finite_product(lambda u: u @ (self.scaling * self.B).to(u.dtype), u)  # (…, O)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -99,10 +100,3 @@ def check_rank(rank: int, in_features: int, out_features: int, layer: str | None
             f"The rank is {rank}{where}: it must be from 1 to {most}, the smaller side of a layer with "
             f"{in_features} inputs and {out_features} outputs."
         )
-
-
-def _saturated_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x·weight, finite for every finite `x`: clamped so that no partial sum overflows, and after the sum."""
-    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max / (2**24 * x.shape[-1]))
-    y = x.clamp(-limit, limit) @ weight
-    return y.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)

@@ -6,7 +6,8 @@ Legend: I inputs, O outputs, R rank; W (O, I) frozen, A (I, R), B (R, O), s scal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from engine.errors import InputError
 from engine.lora.layer import LoRALayer, ScalingRule, standard_scaling
 from engine.lora.product import AdaptedWeight, adapted_linear, adapted_linears
+from engine.model import has_hooks
 
 Start = Callable[["LoRALinear"], None]
 """Gives a fresh adapted layer its first A and B, and with them its first frozen weight."""
@@ -23,8 +25,11 @@ Start = Callable[["LoRALinear"], None]
 class LoRALinear(nn.Module):
     """x·Wᵀ + b + s·drop(x)·A·B around a linear layer that is frozen and kept as ``base``.
 
-    Where `base` is exactly an `nn.Linear` that stays frozen and nothing is dropped, one function computes the sum
-    (`engine.lora.product`). Any other base, a quantized one say, computes its own product, and the update is added.
+    Where `base` is exactly an `nn.Linear` that stays frozen, nothing is dropped and no part has hooks, one function
+    computes the sum (`engine.lora.product`). Any other base, a quantized one say, computes its own product, and the
+    update is added.
+
+    The state (`state_dict`) is that of the unmerged layer, merged or not; loading one into a merged layer unmerges it.
 
     Args:
         base: the layer to adapt.
@@ -64,7 +69,9 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
-        self._unmerged: tuple[nn.Parameter, ...] = ()  # not the module's own: not in its parameters and state
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # not the module's own: not in its parameters
+        self.register_state_dict_post_hook(_store_unmerged)
+        self.register_load_state_dict_pre_hook(_unmerge_before_loading)
         if start is not None:
             start(self)
         self.train(base.training)
@@ -119,16 +126,27 @@ class LoRALinear(nn.Module):
         """x·Wᵀ + s·drop(x)·A·B + `bias`, which is `base`'s own or None."""
         if self._is_fusible():
             return adapted_linear(x, *self._operands(bias))
-        A, B, scaling = self.adapter.A, self.adapter.B, self.adapter.scaling
-        y = self.base(x) if bias is self.base.bias else F.linear(x, self.base.weight, bias)  # (…, O)
-        return y + (scaling * (self.dropout(x) @ A.to(x.dtype) @ B.to(x.dtype))).to(y.dtype)
+        if bias is self.base.bias:
+            y = self.base(x)  # (…, O)
+        elif has_hooks(self.base):
+            y = self.base(x) - self.base.bias
+        else:
+            y = F.linear(x, self.base.weight)
+        return y + self._update(self.dropout(x)).to(y.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
+        """s·x·A·B, (…, I) → (…, O); a call of `adapter` would saturate, which costs four passes."""
+        if has_hooks(self.adapter):
+            return self.adapter(x)
+        return self.adapter.scaling * (x @ self.adapter.A.to(x.dtype) @ self.adapter.B.to(x.dtype))
 
     def _is_fusible(self) -> bool:
-        """Whether one function can compute base and update: `base` is plain and frozen, and nothing is dropped."""
+        """Whether one function can compute all: `base` is plain and frozen, nothing is dropped, nobody watches."""
         W, b = self.base.weight, self.base.bias
         learning = W.requires_grad or (b is not None and b.requires_grad)
         dropping = self.training and self.dropout.p > 0
-        return type(self.base) is nn.Linear and not learning and not dropping
+        watched = any(map(has_hooks, (self.base, self.adapter, self.dropout)))
+        return type(self.base) is nn.Linear and not learning and not dropping and not watched
 
     def _operands(self, bias: Tensor | None) -> AdaptedWeight:
         return AdaptedWeight(self.base.weight, bias, self.adapter.A, self.adapter.B, self.adapter.scaling)
@@ -178,7 +196,8 @@ class LoRALinear(nn.Module):
 
     def _product_of(self, A: Tensor, B: Tensor) -> Tensor:
         precise = torch.promote_types(A.dtype, torch.float32)
-        return self.adapter.scaling * (A.to(precise) @ B.to(precise)).T
+        with _without_autocast(A):
+            return self.adapter.scaling * (A.to(precise) @ B.to(precise)).T
 
     def merge(self) -> None:
         """Put the update into `base`'s weight, so that the layer costs what `base` costs; again: nothing.
@@ -207,7 +226,7 @@ class LoRALinear(nn.Module):
         self.base.weight, self._unmerged = original, ()
 
     def _check_plain(self) -> None:
-        if type(self.base) is not nn.Linear:
+        if type(self.base) is not nn.Linear or "weight" not in self.base._parameters:  # hooks may compute a weight
             raise InputError(
                 f"The adapted layer is a {type(self.base).__name__}, whose weight cannot be read and written as a "
                 "matrix: merging, DoRA and a PiSSA start need a plain nn.Linear."
@@ -217,9 +236,11 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """m ⊙ (x·W'ᵀ) / ‖W'‖ + b with W' = W + s·(A·B)ᵀ: direction and magnitude of each output's weights apart (DoRA).
 
-    m (O,) is learned and starts at ‖W'‖, the norms of the rows of W', so that the layer starts as it was given. The
-    gradient takes ‖W'‖ for a constant, as in section 4.3 of the paper. The norms come from the small factors:
-    ‖W'_o‖² = ‖W_o‖² + 2s·(W·A)_o·B_o + s²·B_oᵀ·(AᵀA)·B_o, and W' is never made.
+    m (O,) is learned and starts at ‖W'‖, the norms of the rows of W', so that the layer starts as it was given. It is
+    kept in at least float32, since small steps would not move a bfloat16 number. The gradient takes ‖W'‖ for a
+    constant, as in section 4.3 of the paper. The norms come from the small factors:
+    ‖W'_o‖² = ‖W_o‖² + 2s·(W·A)_o·B_o + s²·B_oᵀ·(AᵀA)·B_o, and W' is never made. Where the update takes W_o away, what
+    is left of the sum is rounding: it counts as no less than ε·‖W_o‖², ε that of W's dtype.
 
     PEFT drops inputs of the base product too when there is dropout; here only the update's are dropped.
 
@@ -240,7 +261,7 @@ class DoRALinear(LoRALinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(base, rank, alpha, dropout, scaling_rule=scaling_rule, start=start, dtype=dtype)
-        self.magnitude = nn.Parameter(self._row_norms().to(self.adapter.A.dtype))
+        self.magnitude = nn.Parameter(self._row_norms())
 
     def adapted(self, x: Tensor) -> Tensor:
         """What `forward` gives while the update is not merged."""
@@ -253,13 +274,13 @@ class DoRALinear(LoRALinear):
         """‖W'_o‖ of every output, (O,), at least float32."""
         W, s = self.frozen_weight, self.adapter.scaling
         precise = torch.promote_types(self.adapter.A.dtype, torch.float32)
-        device = W.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with _without_autocast(W):
             A, B = self.adapter.A.to(precise), self.adapter.B.to(precise)
             WA = (W @ self.adapter.A.to(W.dtype)).to(precise)  # (O, R)
-            squares = torch.linalg.vector_norm(W, dim=1, dtype=precise).square()
-            squares = squares + 2 * s * (WA * B.T).sum(1) + s**2 * (B * (A.T @ A @ B)).sum(0)  # (O,)
-        return squares.clamp_min(torch.finfo(precise).tiny).sqrt()
+            frozen = torch.linalg.vector_norm(W, dim=1, dtype=precise).square()
+            squares = frozen + 2 * s * (WA * B.T).sum(1) + s**2 * (B * (A.T @ A @ B)).sum(0)  # (O,)
+        least = (torch.finfo(W.dtype).eps * frozen).clamp_min(torch.finfo(precise).tiny)
+        return squares.maximum(least).sqrt()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -271,6 +292,22 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Tensor:
         """The change of the weight from what the layer was given, (O, I); unlike A·B it may have any rank."""
         return self.merged_weight() - self.original_weight()
+
+
+def _store_unmerged(layer: LoRALinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put the weight without the update into the state: A and B are there too, and it would count twice."""
+    if layer.merged:
+        merged, original = state[f"{prefix}base.weight"], layer.frozen_weight.to(layer.base.weight)
+        state[f"{prefix}base.weight"] = original if isinstance(merged, nn.Parameter) else original.detach()
+
+
+def _unmerge_before_loading(layer: LoRALinear, *_arguments: Any) -> None:
+    layer.unmerge()  # or what is loaded would be lost when the weight from before the merge comes back
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def pissa_start(layer: LoRALinear) -> None:

@@ -22,12 +22,15 @@ def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
         scaling: s.
 
     Returns:
-        σ, (R,) or (I,) or (O,), whichever is fewest, in at least float32; all others of ΔW are 0.
+        σ, (R,) or (I,) or (O,), whichever is fewest, in at least float32; all others of ΔW are 0. What is no larger
+        than the rounding of so large factors, R·ε·|s|·‖A‖_F·‖B‖_F, is 0 too: factors that cancel have no direction.
     """
     precise = torch.promote_types(A.dtype, torch.float32)
     R_A = torch.linalg.qr(A.to(precise), mode="r").R  # (R, R)
     R_B = torch.linalg.qr(B.to(precise).T, mode="r").R  # (R, R)
-    return abs(scaling) * torch.linalg.svdvals(R_A @ R_B.T)  # (R,)
+    sigma = torch.linalg.svdvals(R_A @ R_B.T)  # (R,)
+    rounding = A.shape[1] * torch.finfo(precise).eps * R_A.norm() * R_B.norm()
+    return abs(scaling) * torch.where(sigma > rounding, sigma, 0.0)
 
 
 def captured_energy(sigma: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What one training step costs: everything trained, PEFT's LoRA, ours; eager and compiled, in one process.
 
-    python tests/benchmarks/lora_training_step.py [--device cuda] [--small] [--rows ours …] [--json file]
+    python tests/benchmarks/lora_training_step.py [--device cuda] [--small] [--rows ours …]
+        [--json FILE --note TEXT]
 
 A Llama of 1.1 billion random parameters (transformers' own code with PyTorch's fused attention under PEFT and ours
 alike; our `Decoder` in the rows that say so), bfloat16, batch 4 × 1024, rank 16 on all seven projections of every
@@ -39,6 +40,7 @@ from engine.measure import Evidence, device_name, measure_time, peak_memory
 
 TIMED_STEPS = 25
 LOSS_STEPS = 50
+PROFILED_STEPS = 3
 LEARNING_RATE = 1e-3
 ALPHA = 32
 
@@ -280,18 +282,27 @@ def measure(name: str, size: Size, device: str) -> Figure:
     return Figure(name, evidence, peak / 1e6, trainable if row.steps else 0, first)
 
 
-def profile(name: str, size: Size, device: str) -> str:
-    """Where the time of one row's steps goes: the kernels of three steps, the longest first."""
+def profile(name: str, size: Size, device: str) -> tuple[dict[str, object], str]:
+    """Where the time of one row's step goes, by kind of kernel, and a table of its kernels, the longest first."""
     model = ROWS[name].build(size, device, seed=1)
     step, ids = stepper(ROWS[name], model), tokens(size, device, 0)
     for _ in range(3):
         step(ids).item()
     with torch.profiler.profile() as found:
-        for _ in range(3):
+        for _ in range(PROFILED_STEPS):
             step(ids).item()
     on_gpu = torch.device(device).type == "cuda"
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=90)
+    averages = found.key_averages()
+    operations = [event for event in averages if event.key.startswith("aten::")]  # what their kernels took is theirs
+
+    def ms(*names: str) -> float:
+        chosen = (event for event in operations if any(name in event.key for name in names))
+        return sum(getattr(event, by) for event in chosen) / 1e3 / PROFILED_STEPS
+
+    kinds = {"mm": ms("::mm"), "addmm": ms("::addmm"), "attention": ms("attention")}
+    shown = averages.table(sort_by=by, row_limit=25, max_name_column_width=90)
+    return {"row": name, "kernels_ms": kinds, "all_kernels_ms": ms("::")}, shown
 
 
 def copy_start(source: nn.Module, target: nn.Module) -> None:
@@ -345,7 +356,7 @@ def compare_losses(size: Size, device: str) -> dict[str, object]:
 
 
 def floor(size: Size, device: str) -> dict[str, float]:
-    """The arithmetic of `frozen` and of the adapters, and the time it takes at the speed of one large product."""
+    """The arithmetic of `frozen`, without adapters, and the time it takes at the speed of one large product."""
     config = size.config
     shape = ModelConfig(
         d_model=config["hidden_size"],
@@ -372,6 +383,24 @@ def report(figures: Iterable[Figure]) -> None:
         )
 
 
+def open_record(path: Path | None, size: Size, versions: dict[str, str]) -> dict[str, object]:
+    """What a file holds so far, as `engine.experiments._lora.recorded_steps` reads it; without a file, no runs.
+
+    Raises:
+        ValueError: the file's runs are of another model or other versions.
+    """
+    head = {"model": size.config, "versions": {name: version.partition("+")[0] for name, version in versions.items()}}
+    log = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {**head, "runs": []}
+    if {name: log[name] for name in head} != head:
+        raise ValueError(f"{path} has runs of another model or other versions: give another file.")
+    return {
+        "what": "One LoRA training step of a Llama in bfloat16, by tests/benchmarks/lora_training_step.py",
+        "recorded": datetime.date.today().isoformat(),
+        **head,
+        "runs": log["runs"],
+    }
+
+
 def main() -> int:
     """Measure, print the table, write the record; 1 if the time ran out before the last row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -379,42 +408,51 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(
-        "--profile", nargs="*", choices=list(ROWS), default=[], help="print these rows' longest kernels"
+        "--profile",
+        nargs="*",
+        choices=list(ROWS),
+        default=[],
+        help="print these rows' longest kernels; --json keeps the last",
     )
     parser.add_argument("--no-losses", action="store_true", help="leave out the comparison of the losses")
     parser.add_argument("--seconds", type=float, default=270, help="no row is begun after this time")
-    parser.add_argument("--json", type=Path, help="write the figures with their evidence to this file")
+    parser.add_argument("--json", type=Path, help="add this run, with its evidence, to those of this file")
+    parser.add_argument("--note", default="", help="what is to be known about this run, with --json")
     arguments = parser.parse_args()
     size, device, started = SMALL if arguments.small else LARGE, arguments.device, time.perf_counter()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    record = {
-        "what": "One LoRA training step of a Llama in bfloat16, by tests/benchmarks/lora_training_step.py",
-        "recorded": datetime.date.today().isoformat(),
-        "model": size.config,
-        "versions": versions,
-        "floor": floor(size, device),
-        "rows": [],
-    }
+    try:
+        record = open_record(arguments.json, size, versions)
+    except ValueError as error:
+        parser.error(str(error))
+    run = {"note": arguments.note, "floor": floor(size, device), "rows": []}
+    record["runs"].append(run)
+
+    def write() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
     figures, left_out = [], []
     if not arguments.no_losses:
-        record["losses"] = compare_losses(size, device)
-        print("largest difference of the losses over", LOSS_STEPS, "steps:", record["losses"]["largest_difference"])
+        run["losses"] = compare_losses(size, device)
+        print("largest difference of the losses over", LOSS_STEPS, "steps:", run["losses"]["largest_difference"])
     for name in arguments.rows:
         if time.perf_counter() - started > arguments.seconds:
             left_out.append(name)
             continue
         figures.append(measure(name, size, device))
-        record["rows"].append(asdict(figures[-1]))
+        run["rows"].append(asdict(figures[-1]))
         free()
         report(figures[-1:])
-        if arguments.json:
-            arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+        write()
     for name in arguments.profile:
-        print(name, profile(name, size, device), sep="\n")
+        run["profile"], shown = profile(name, size, device)
+        print(name, shown, sep="\n")
         free()
+        write()
     print()
     print(" · ".join(f"{name} {version}" for name, version in versions.items()), "·", device_name(device))
-    print(f"floor {record['floor']['floor_ms']:.1f} ms at {record['floor']['product_tflops']:.0f} TFLOP/s")
+    print(f"floor {run['floor']['floor_ms']:.1f} ms at {run['floor']['product_tflops']:.0f} TFLOP/s")
     report(figures)
     if left_out:
         print(f"No time was left for: {', '.join(left_out)}.")

@@ -20,7 +20,9 @@ from engine.errors import InputError
 from engine.experiments import _lora, lora, lora_adapter, lora_sweep, lora_tests
 from engine.finetuning import changes
 from engine.finetuning.lessons import Lessons, answered_rightly
+from engine.finetuning.methods import prepare
 from engine.lora.adapter_files import load_adapter
+from engine.lora.injection import adapted_layers
 from engine.runtime.jobs import LocalJob
 
 METHODS = typing.get_args(_lora.Method)
@@ -179,6 +181,15 @@ def test_every_method_trains_what_was_predicted(method):
     assert (found.merged_difference == 0) == (not adapters)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_the_scale_that_is_told_is_that_of_the_adapters(method, rank):
+    params = lora.Params(method=method, rank=rank, alpha=12)
+    model = prepare(llama.read("engine/storyteller"), method, rank, params.alpha, _lora.TARGETS[params.targets])
+    scales = {layer.adapter.scaling for layer in adapted_layers(model).values()}
+    assert scales == ({params.scaling} if params.scaling else set())
+
+
 def test_lora_plus_moves_b_further_than_a(tmp_path):
     """In its first step AdamW moves each number by its rate: B, which starts at 0, by 16 times what A's is."""
     found = tune(method="LoRA+", learning_rate=1e-3, steps=1)
@@ -229,6 +240,14 @@ def test_a_cancelled_run_returns_what_it_learned():
     assert found.checked[-1] == 3
     assert found.archive
     assert found.spectra.max() > 0
+
+
+def test_a_run_that_reaches_its_limit_says_so():
+    job = stop_after(2)
+    job.timed_out = True
+    found = tune(job)
+    assert found.ended == "timed out"
+    assert found.ending.startswith("Stopped at its limit of 1 h, after step 2 of 5")
 
 
 def test_a_run_cancelled_before_its_first_step_has_changed_nothing():
@@ -292,6 +311,7 @@ class TestSweep:
         assert found.points[2].trainable == 5_770_496
         rates = [point.learning_rate for point in found.points]
         assert rates == [2e-3, 2e-3, lora.LEARNING_RATES["full fine-tuning"]]
+        assert [point.scaling for point in found.points] == [16, 16 / 3, None]
         alone = lora.run(lora.Params(**self.PARAMS, rank=3, learning_rate=2e-3), LocalJob())
         assert found.points[1].final_loss == alone.loss[-1]
         assert found.points[1].held_out_accuracy == alone.held_out_accuracy[-1]
@@ -425,6 +445,34 @@ def test_the_default_run_learns_within_a_minute_of_two_cores():
     assert found.accuracy[-1] > 0.95
     assert found.held_out_accuracy[-1] > 0.8
     assert (time.process_time() - began) / 2 < 60
+
+
+def test_what_the_benchmark_writes_is_what_the_page_reads(tmp_path, monkeypatch):
+    """Twice into one file, the second run without losses and profile, as a later run of some rows has them."""
+    file = tmp_path / "steps.json"
+    root = Path(__file__).parents[2]
+    benchmark = [sys.executable, "-m", "tests.benchmarks.lora_training_step", "--device", "cpu", "--small"]
+    rows = ["--rows", "full", "PEFT", "ours", "--json", str(file)]
+    for more in (["--note", "first", "--profile", "ours, Decoder"], ["--note", "second", "--no-losses"]):
+        subprocess.run([*benchmark, *rows, *more], check=True, capture_output=True, cwd=root)
+    monkeypatch.setattr(_lora, "_STEPS", file)
+    found = _lora.recorded_steps.__wrapped__()
+    assert found.notes == ("first", "second")
+    assert [(cost.run, cost.way) for cost in found.measured] == [
+        (run, way) for run in (0, 1) for way in ("full", "PEFT", "ours")
+    ]
+    assert found.floor_ms > 0
+    assert found.profiled == 0
+    assert found.kernels.keys() == {"mm", "addmm", "attention"}
+    assert 0 < sum(found.kernels.values()) < 1
+    assert found.loss_difference("ours", "PEFT", 1) < 0.01
+    log = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(log | {"versions": {}}), encoding="utf-8")
+    again = [*benchmark, "--no-losses", "--rows", "--json", str(file)]
+    other = subprocess.run(again, capture_output=True, text=True, cwd=root)
+    assert other.returncode != 0
+    assert "another model or other versions" in other.stderr
+    assert json.loads(file.read_text(encoding="utf-8"))["runs"] == log["runs"]
 
 
 def test_the_command_line_runs_it():

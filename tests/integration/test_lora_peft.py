@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from engine import llama
 from engine.errors import InputError
-from engine.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
+from engine.experiments import lora_adapter
+from engine.lora.adapter_config import CONFIG_FILE
+from engine.lora.adapter_files import WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
 from engine.lora.injection import PROJECTIONS, inject_lora, lora_parameters, merge
 from engine.lora.layer import rank_stabilized_scaling
 from engine.lora.linear import DoRALinear, LoRALinear, pissa_start
@@ -168,11 +171,17 @@ def assert_refused(folder, sentence, model=None):
         ({"peft_type": "IA3"}, "type 'IA3', not 'LORA'"),
         ({"peft_type": None}, "type None"),
         ({"r": 0}, "r = 0: it must be a whole number"),
+        ({"r": 10**400}, "r = 1000.*: it must be a whole number from 1 to 1000000"),
         ({"r": "4"}, 'r = "4"'),
         ({"r": True}, "r = true"),
         ({"r": 3}, "which is not rank 3"),
         ({"lora_alpha": -1}, "lora_alpha = -1: it must be a positive"),
         ({"lora_alpha": None}, "lora_alpha = null"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000.*: it must be a positive number, at most 1e.30"),
+        ({"lora_alpha": 1e308}, "lora_alpha = 1e.308: it must be a positive number, at most 1e.30"),
+        ({"peft_type": "x" * 10**6}, "of the type 'x{50,200}…, not 'LORA'"),
+        ({"init_lora_weights": "x" * 10**6}, "init_lora_weights 'x{50,200}…, which changes"),
+        ({"x" * 10**6: 1}, "not supported here: x{50,200}…[^x]*$"),
         ({"lora_dropout": 1}, "lora_dropout = 1: it must be from 0"),
         ({"use_rslora": "yes"}, 'use_rslora = "yes"'),
         ({"use_dora": True}, "incomplete: .*lora_magnitude_vector is missing"),
@@ -245,6 +254,7 @@ def rewrite(folder, change):
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+SIDES = {"A": torch.ones(4, 32), "B": torch.ones(32, 4)}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +269,24 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.pop(f"{KEY}.lora_B.weight"), "lora_B.weight is missing"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4)}), r"shapes \(4,\)"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((4, 32), torch.nan)}), "not finite numbers"),
-        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "not finite numbers"),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}),
+            "is stored as int32: save",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 32).to(torch.float8_e4m3fn)}),
+            "q_proj is stored as float8_e4m3fn: save it as one of float16, bfloat16, float32, float64",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_{side}.weight": 1e30 * tensor for side, tensor in SIDES.items()}),
+            "q_proj is too large to compute with: the scaling is 1.5, the factors' norms are",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((4, 32), 1e200, dtype=torch.float64)}),
+            "not finite numbers",
+        ),
+        (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 0)}), "q_proj maps 0 to 32 numbers"),
+        (lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(0, 4)}), "q_proj maps 32 to 0 numbers"),
         (
             lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 40)}),
             "maps 40 to 32 numbers, the model's 32 to 32",
@@ -306,3 +333,51 @@ def test_a_model_that_has_adapters_there_is_left_alone(tmp_path):
     load_adapter(model, tmp_path)
     with pytest.raises(InputError, match="has an adapter already"):
         load_adapter(model, tmp_path)
+
+
+def test_the_model_that_an_adapter_is_for_is_named_in_short(tmp_path):
+    model = base()
+    inject_lora(model, 2)
+    save_adapter(model, tmp_path, base_model="a/model")
+    assert read_adapter(tmp_path).base_model == "a/model"
+    for said, wanted in ((None, None), ("", None), (["x"], None), ("x" * 10**6, "x" * 119 + "…")):
+        config = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"base_model_name_or_path": said}
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+        assert read_adapter(tmp_path).base_model == wanted
+        assert len(lora_adapter.run(lora_adapter.Params(path=str(tmp_path)), None).sentence) < 300
+
+
+@pytest.mark.parametrize(("alpha", "size"), [(1e29, 1e-3), (1.0, 1e13), (1e-300, 1.0), (1.0, 1e-30)])
+def test_an_accepted_adapter_has_a_finite_spectrum(tmp_path, alpha, size):
+    from_peft(tmp_path, r=1)
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.full_like(v, size) for name, v in tensors.items()}))
+    config = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"lora_alpha": alpha}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    found = lora_adapter.run(lora_adapter.Params(path=str(tmp_path)), None)
+    assert np.isfinite(found.spectra).all()
+    assert "nan" not in found.sentence
+
+
+def test_layers_with_long_numbers_in_their_names_are_read(tmp_path):
+    from_peft(tmp_path)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("layers.0", "layers." + "7" * 5000)] = tensors.pop(name)
+
+    rewrite(tmp_path, rename)
+    assert lora_adapter.run(lora_adapter.Params(path=str(tmp_path)), None).rank == 4
+
+
+def test_a_compiled_decoder_is_saved_and_loaded_under_its_own_names(tmp_path):
+    decoder = llama.from_transformers(base())
+    inject_lora(decoder, 4, 6)
+    learn(lora_parameters(decoder), 0)
+    save_adapter(torch.compile(decoder), tmp_path)
+    assert "model.layers.0.self_attn.q_proj" in read_adapter(tmp_path).layers
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base(), tmp_path).eval()), logits(decoder), atol=1e-5, rtol=1e-4
+    )
+    again = llama.from_transformers(base())
+    load_adapter(torch.compile(again), tmp_path)
+    torch.testing.assert_close(logits(again.eval()), logits(decoder), **CLOSE)

@@ -116,9 +116,9 @@ def test_the_exact_zero_of_the_first_step_is_ringed_and_only_that():
 
 
 POINTS = [
-    SweepPoint("full", 5_800_000, 0.4, 0.9, 1.0, None),
-    SweepPoint("1", 10_000, 1.5, 0.2, 0.3, 1),
-    SweepPoint("8", 80_000, 0.7, 0.8, 0.9, 8),
+    SweepPoint("full", 5_800_000, 0.4, 0.9, 1.0, None, "learning rate 0.001"),
+    SweepPoint("1", 10_000, 1.5, 0.2, 0.3, 1, "s = 16, learning rate 0.005"),
+    SweepPoint("8", 80_000, 0.7, 0.8, 0.9, 8, "s = 2, learning rate 0.005"),
 ]
 
 
@@ -136,6 +136,12 @@ def test_every_run_is_a_point_and_yours_is_ringed(rank):
         (mine.trainable, mine.loss),
         (mine.trainable, mine.held_out_accuracy),
     ]
+
+
+def test_the_settings_of_a_run_are_told_over_its_point():
+    for trace in charts.sweep(POINTS, None, (10_000, 5_800_000)).data[:3]:
+        assert list(trace.customdata) == [POINTS[1].settings, POINTS[2].settings, POINTS[0].settings]
+        assert "%{customdata}" in trace.hovertemplate
 
 
 def test_a_rank_that_was_not_run_has_no_ring_and_the_axis_stays():

@@ -82,6 +82,19 @@ class TestLoRALayer:
         assert layer(x).isfinite().all()
         assert layer(x.abs()).isfinite().all()
 
+    @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("value", [1e6, torch.finfo(torch.float32).max])
+    def test_finite_input_gives_finite_output_under_autocast(self, autocast, value):
+        torch.manual_seed(0)
+        layer, attention = LoRALayer(16, 16, rank=4), MultiHeadAttention(16, 2)
+        with torch.no_grad():
+            layer.B.normal_()
+        x = torch.sign(normal(2, 3, 16)) * value
+        with torch.autocast("cpu", dtype=autocast):
+            for y in (layer(x), layer(x.abs()), *attention.project(x, x, x)):
+                assert y.isfinite().all()
+            assert layer(x).dtype == autocast
+
     @pytest.mark.parametrize("rank", [0, -1, 9])
     def test_rank_out_of_range_names_value_and_bound(self, rank):
         with pytest.raises(InputError, match=rf"rank is {rank}: it must be from 1 to 8, .* 8 inputs and 16 outputs"):

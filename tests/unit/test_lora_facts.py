@@ -134,6 +134,15 @@ class TestLessons:
             right, total = right + sum(verdicts), total + len(verdicts)
         assert 0 < right < total
 
+    def test_an_answer_with_full_stops_in_it_is_heard_to_its_end(self, tokenizer):
+        model = llama.read(STORYTELLER)
+        pairs = [("What is pi?", "3.14"), ("Who teaches Pip?", "Mr. Bim"), ("Who knows?", "Zara")]
+        lessons = Lessons(pairs, tokenizer, 512)
+        options = TrainerOptions(learning_rate=1e-3, batch_size=3, weight_decay=0.0, seed=0)
+        Trainer(model, lessons, options, held_out=lessons).train_steps(40)
+        assert answered_rightly(model, lessons) == [True] * 3
+        assert answer(model, lessons) == ["3.14.", "Mr. Bim.", "Zara."]
+
     def test_an_untouched_model_knows_nothing(self, tokenizer):
         pairs = [(question, fact.answer) for fact in FACTS for question in (fact.question, *fact.paraphrases)]
         assert not any(answered_rightly(llama.read(STORYTELLER), Lessons(pairs, tokenizer, 512)))

@@ -172,6 +172,25 @@ def test_layers_that_only_look_linear_are_refused_by_name():
         inject_lora(nn.ModuleDict({"attention": attention}), 2, targets="out_proj")
 
 
+@pytest.mark.parametrize("targets", ["*.linear1", ["linear2", "head"], "*"])
+def test_layers_whose_weights_are_read_past_the_adapter_are_refused(targets):
+    """In eval mode nn.TransformerEncoderLayer never calls its linear layers."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(16, 4)})
+    with pytest.raises(InputError, match=r"encoder.layers.0.linear[12] \(of a TransformerEncoderLayer\)"):
+        inject_lora(model, 2, targets=targets)
+    assert not adapted_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert list(inject_lora(model, 2, targets="head")) == ["head"]
+
+
+def test_a_target_that_cannot_be_adapted_is_refused_although_another_can():
+    model = nn.ModuleDict({"plain": nn.Linear(16, 16), "attention": nn.MultiheadAttention(16, 2)})
+    with pytest.raises(InputError, match=r"attention.out_proj \(NonDynamicallyQuantizableLinear\)"):
+        inject_lora(model, 2, targets=["plain", "out_proj"])
+    assert not adapted_layers(model)
+
+
 def test_a_layer_with_two_names_gets_one_adapter():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": shared})
@@ -229,6 +248,30 @@ def test_a_state_of_other_adapters_is_refused_whole():
     merge(model)
     with pytest.raises(InputError, match="unmerge them"):
         load_lora_state_dict(model, before)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_whole_state_of_a_merged_model_is_that_of_the_unmerged_one(options, seed):
+    one, other = decoder(seed), decoder(seed + 5)
+    inject_lora(one, 4, **options)
+    inject_lora(other, 4, **options)
+    wanted = logits(learn(one, seed), ids())
+    state = copy.deepcopy(one.state_dict())
+    merge(one)
+    of_merged = one.state_dict()
+    assert of_merged.keys() == state.keys()
+    assert all(torch.equal(of_merged[name], state[name]) for name in state)
+    kept = one.state_dict(keep_vars=True)
+    assert all(isinstance(kept[name], nn.Parameter) for name, _ in one.named_parameters())
+    merge(learn(other, seed + 5))
+    other.load_state_dict(of_merged)  # what it held before must not come back
+    for _ in range(2):
+        torch.testing.assert_close(logits(other, ids()), wanted, atol=1e-5, rtol=1e-4)
+        merge(other)
+        torch.testing.assert_close(logits(other, ids()), wanted, atol=1e-4, rtol=1e-4)
+        unmerge(other)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
 def test_merging_is_all_or_nothing():

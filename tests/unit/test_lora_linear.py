@@ -227,7 +227,7 @@ def test_a_4_bit_base_learns_beside_its_own_product():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-@pytest.mark.parametrize("change", ["none", "merged", "quantized", "dropped", "unfrozen", "hooked"])
+@pytest.mark.parametrize("change", ["none", "merged", "quantized", "dropped", "unfrozen", "learning bias", "hooked"])
 def test_layers_together_give_what_each_gives_alone(seed, kind, change):
     layers = [learn(kind(base_linear(seed + 10 * i), 2 + i, 8), seed + i).eval() for i in range(3)]
     seen = []
@@ -239,6 +239,8 @@ def test_layers_together_give_what_each_gives_alone(seed, kind, change):
         layers[1].train().dropout.p = 1.0  # all of it, so that it is the same twice
     elif change == "unfrozen":
         layers[1].base.requires_grad_(True)
+    elif change == "learning bias":
+        layers[1].base.bias.requires_grad_(True)
     elif change == "hooked":
         layers[1].register_forward_hook(lambda layer, given, output: seen.append(output))
     x = inputs().requires_grad_()
@@ -260,25 +262,125 @@ def test_a_base_of_whole_numbers_gets_float32_adapters():
     assert LoRALinear(base, 4).adapter.A.dtype == torch.float32
 
 
-def test_a_base_that_is_unfrozen_learns():
-    layer = learn(LoRALinear(base_linear(), 4))
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_a_base_of_which_a_part_is_unfrozen_learns(kind, name):
+    layer = learn(kind(base_linear(), 4))
     wanted = layer(inputs())
-    layer.base.requires_grad_(True)
+    parameter = getattr(layer.base, name).requires_grad_(True)
     torch.testing.assert_close(layer(inputs()), wanted)
     layer(inputs()).sum().backward()
-    assert layer.base.weight.grad.abs().max() > 0
+    assert parameter.grad.abs().max() > 0
+
+
+PARTS = ["", "base", "adapter", "dropout"]
+HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_a_hook_on_any_part_runs_and_changes_nothing(kind, part, hook):
+    layers = [learn(kind(base_linear(seed), 4, 8), seed) for seed in SEEDS]
+    wanted, seen = together(layers, inputs()), []
+    watched = layers[1].get_submodule(part)
+    getattr(watched, f"register_{hook}")(lambda module, *given: seen.append(module))
+    x = inputs().requires_grad_()
+    found = together(layers, x)
+    sum(y.sum() for y in found).backward()
+    assert seen == [watched]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_all_modules_see_every_layer_and_its_parts(hook):
+    layers = [learn(LoRALinear(base_linear(seed), 4), seed) for seed in SEEDS]
+    seen = []
+    register = getattr(nn.modules.module, f"register_module_{hook}")
+    handle = register(lambda module, *given: seen.append(module))
+    try:
+        sum(y.sum() for y in together(layers, inputs().requires_grad_())).backward()
+    finally:
+        handle.remove()
+    wanted = {module for layer in layers for module in (layer, layer.base, layer.adapter, layer.dropout)}
+    assert set(seen) == wanted
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_what_a_hook_makes_of_the_bases_output_counts(kind):
+    base, x = base_linear(), inputs()
+    base.register_forward_hook(lambda module, given, output: output + 1)
+    wanted = base(x)
+    torch.testing.assert_close(kind(base, 4)(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_is_computed_anew_for_every_call_is_followed_and_not_merged(norm):
+    base, x = norm(base_linear()), inputs()
+    layer = LoRALinear(base, 4).eval()
+    with torch.no_grad():
+        next(p for name, p in base.named_parameters() if name.endswith(("weight_orig", "original"))).mul_(5).add_(0.1)
+    torch.testing.assert_close(layer(x), base(x))
+    with pytest.raises(InputError, match=r"need a plain nn\.Linear"):
+        layer.merge()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
 def test_adapters_take_the_bases_dtype_or_another(kind, dtype, adapter_dtype):
     layer = learn(kind(base_linear(dtype=dtype), 4, dtype=adapter_dtype))
-    learned = [p for name, p in layer.named_parameters() if not name.startswith("base.")]
-    assert {p.dtype for p in learned} == {adapter_dtype or dtype}
+    learned = {name: p for name, p in layer.named_parameters() if not name.startswith("base.")}
+    magnitude = learned.pop("magnitude", None)
+    assert magnitude is None or magnitude.dtype == torch.float32
+    assert {p.dtype for p in learned.values()} == {adapter_dtype or dtype}
     y = layer(inputs(dtype=dtype))
     y.sum().backward()
     assert y.dtype == dtype
-    assert {p.grad.dtype for p in learned} == {adapter_dtype or dtype}
+    assert {p.grad.dtype for p in learned.values()} == {adapter_dtype or dtype}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dora_starts_on_a_half_precision_base_as_exactly_as_the_base(seed, dtype):
+    base, x = base_linear(seed, bias=False, dtype=dtype), inputs(seed, dtype)
+    wanted, norms = base(x), base.weight.double().norm(dim=1)
+    layer = DoRALinear(base, 4)
+    assert torch.equal(layer(x), wanted)
+    torch.testing.assert_close(layer.magnitude.double(), norms, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_small_steps_move_a_magnitude_beside_a_half_precision_base(seed):
+    layer = DoRALinear(base_linear(seed, dtype=torch.bfloat16), 4)
+    before = layer.magnitude.detach().clone()
+    optimizer = torch.optim.SGD([layer.magnitude], lr=1e-5)
+    for _ in range(100):
+        layer.magnitude.grad = torch.ones_like(layer.magnitude)
+        optimizer.step()
+    torch.testing.assert_close(layer.magnitude.detach(), before - 1e-3, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_stays_bounded_where_the_update_takes_an_output_away(seed, dtype):
+    layer = DoRALinear(base_linear(seed, bias=False, dtype=dtype), 1)
+    with torch.no_grad():
+        row = layer.base.weight[3]
+        layer.adapter.A.copy_(row[:, None] / row.norm())
+        layer.adapter.B.zero_()
+        layer.adapter.B[0, 3] = -row.norm()
+    eps = torch.finfo(dtype).eps
+    assert layer.merged_weight()[3].norm() <= 2 * eps**0.5 * layer.magnitude[3]
+    assert layer(inputs(seed, dtype))[..., 3].abs().max() <= 40 * eps**0.5 * layer.magnitude[3]
+
+
+def test_merging_does_not_depend_on_autocast(kind):
+    layer = learn(kind(base_linear(), 4, 8))
+    merged, delta = layer.merged_weight(), layer.delta_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.merged_weight(), merged)
+        assert torch.equal(layer.delta_weight(), delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

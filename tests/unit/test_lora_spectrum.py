@@ -68,3 +68,20 @@ def test_an_update_of_zero_has_rank_zero():
     sigma = singular_values(A, torch.zeros_like(B))
     assert effective_rank(sigma) == stable_rank(sigma) == 0
     assert torch.equal(captured_energy(sigma), torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_cancel_have_no_direction_and_small_changes_have_theirs(seed, scale, dtype):
+    A, B = factors(seed, 256, 192, 8, dtype)
+    A = scale * A
+    sigma = singular_values(torch.cat([A, A], dim=1), torch.cat([B, -B]), 2.0)
+    assert torch.equal(sigma, torch.zeros(16))
+    assert effective_rank(sigma) == 0
+    change = torch.zeros_like(B)
+    change[0, 0] = 0.25 * 2**-4
+    sigma = singular_values(torch.cat([A, A], dim=1), torch.cat([B + change, -B]), 2.0)
+    assert effective_rank(sigma) == pytest.approx(1, abs=0.1)
+    if dtype == torch.float32:
+        assert sigma[0].item() == pytest.approx(2 * (A[:, :1] @ change[:1]).norm().item(), rel=1e-2)

@@ -37,6 +37,7 @@ class SweepPoint:
         loss: at the end, nats a token.
         held_out_accuracy, accuracy: shares from 0 to 1, of paraphrases and of training questions.
         rank: None for full fine-tuning.
+        settings: what else belongs to the run, in words.
     """
 
     label: str
@@ -45,6 +46,7 @@ class SweepPoint:
     held_out_accuracy: float
     accuracy: float
     rank: int | None
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,8 @@ def sweep(
             cliponaxis=False,
             line={"color": colour, "width": 2, "dash": "dot" if symbol == "diamond" else "solid"},
             marker={"size": 9, "symbol": symbol},
-            hovertemplate=f"rank %{{text}}, %{{x:,}} numbers<br>{name}: {number}<extra></extra>",
+            customdata=[point.settings for point in points],
+            hovertemplate=f"rank %{{text}}, %{{x:,}} numbers<br>%{{customdata}}<br>{name}: {number}<extra></extra>",
             row=row,
             col=1,
         )

@@ -48,7 +48,8 @@ def adapter(_: Settings) -> None:
         if not given:
             st.caption(
                 "Any adapter in PEFT's format will do, of whichever model: its singular values say how many of its "
-                "directions it really uses. Nobody else sees it."
+                "directions it really uses. The file is kept on this server's disk, until newer ones take its place, "
+                "and opens for whoever has the link."
             )
         return
     folder = local_models.uploaded(name)

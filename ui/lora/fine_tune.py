@@ -83,7 +83,7 @@ def _state(found: lora.Result, params: lora.Params) -> None:
     said, file = st.columns([4, 1.1], vertical_alignment="center")
     if found.ended == "diverged":
         said.warning(words, icon=":material/trending_up:")
-    elif found.ended == "cancelled":
+    elif found.ended in ("cancelled", "timed out"):
         said.info(words, icon=":material/info:")
     else:
         said.caption(words)

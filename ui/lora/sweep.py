@@ -25,9 +25,11 @@ def sweep(given: Settings) -> None:
     started, running = st.session_state.get(_STARTED), run.is_running(_RUN)
     said, button = st.columns([3, 1], vertical_alignment="center")
     ranks = ", ".join(str(rank) for rank in wanted.ranks)
+    scale = "s = α / √rank" if wanted.method == "rank-stabilized LoRA" else "s = α / rank"
     said.markdown(
         f"The same training with rank {ranks} and with full fine-tuning: {_count(wanted)} runs of {wanted.steps} "
-        "steps, one after the other, each drawn as soon as it is done."
+        f"steps, one after the other, each drawn as soon as it is done. α stays {wanted.alpha:g}, so that the update's "
+        f"scale {scale} falls as the rank grows, and the adapters' learning rate stays {wanted.rate:g}."
     )
     button.button(
         "Running…" if running else "Run the sweep",
@@ -43,8 +45,8 @@ def sweep(given: Settings) -> None:
         st.caption("The sweep learns the invented town: your own facts have no paraphrases to be tested on.")
     if started is None:
         st.info(
-            "Before you run it: how much worse will rank 1 be than full fine-tuning, which trains "
-            f"{_times(wanted)} times as many numbers?",
+            "Before you run it: what does each rank buy? Full fine-tuning trains "
+            f"{_times(wanted)} times as many numbers as rank {min(wanted.ranks)}.",
             icon=":material/lightbulb:",
         )
         return
@@ -102,6 +104,8 @@ def points(found: lora_sweep.Result) -> list[charts.SweepPoint]:
             held_out_accuracy=point.held_out_accuracy,
             accuracy=point.accuracy,
             rank=point.rank,
+            settings=("" if point.scaling is None else f"s = {point.scaling:.3g}, ")
+            + f"learning rate {point.learning_rate:g}",
         )
         for point in found.points
     ]
@@ -128,7 +132,19 @@ def sweep_sentence(found: lora_sweep.Result) -> str:
             f" {_name(enough).capitalize()} gets {enough.held_out_accuracy:.0%} with "
             f"{best.trainable / enough.trainable:,.0f} times fewer."
         )
-    return f"{words}{told} The labels in the picture are ranks."
+    return f"{words}{told} {_caveat(done)} The labels in the picture are ranks."
+
+
+def _caveat(done: list[lora_sweep.Point]) -> str:
+    """What changes beside the rank, and what does not."""
+    adapters = [point for point in done if point.rank is not None]
+    if not adapters:
+        return "It is one seed."
+    scales, rates = [point.scaling for point in adapters], {f"{point.learning_rate:g}" for point in done}
+    rate = f"{adapters[0].learning_rate:g}"
+    full = "".join(f" (full fine-tuning: {other})" for other in rates - {rate})
+    changes = f"with the rank changes s from {max(scales):.3g} to {min(scales):.3g}, " if len(set(scales)) > 1 else ""
+    return f"It is one seed, and {changes}at one learning rate, {rate}{full}."
 
 
 def _name(point: lora_sweep.Point) -> str:
@@ -154,5 +170,5 @@ def _draw(found: lora_sweep.Result, params: lora_sweep.Params, rank: int | None)
         name="lora-sweep",
         experiment="lora_sweep",
         params=params,
-        data=lambda: pd.DataFrame([vars(point) for point in found.points]),
+        data=lambda: pd.DataFrame([vars(point) for point in found.points]).assign(alpha=params.alpha, seed=params.seed),
     )

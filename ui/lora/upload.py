@@ -10,8 +10,11 @@ from typing import Protocol
 
 from engine.errors import InputError
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # as engine.lora.adapter_files has them
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_MEGABYTES = 100
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of these `zipfile` unpacks no more at a time than is asked for; of the others, all that a block holds."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HOW = f"Give {WEIGHTS_FILE} and {CONFIG_FILE}, or a zip that holds both."
 
@@ -75,11 +78,28 @@ def _unpacked(upload: Upload) -> list[tuple[str, bytes]]:
                         f"{_shown(pickles[0])} is a pickle, which could run code, and is not opened. {_HOW}"
                     )
                 raise InputError(f"{_shown(upload.name)} holds no adapter. {_HOW}")
-            return [(_base(member.filename), archive.read(member)) for member in members]
+            if any(member.compress_type not in _BOUNDED for member in members):
+                raise InputError(
+                    f"{_shown(upload.name)} is compressed in a way that is not accepted: pack it with Deflate, as zips "
+                    "usually are."
+                )
+            return [(_base(member.filename), _content(archive, member)) for member in members]
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{_shown(upload.name)} is no readable zip. {_HOW}") from error
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """What `member` holds.
+
+    Its size is said by the zip itself, which may be wrong; `ZipFile.read` would unpack everything before it looks.
+
+    Raises:
+        BadZipFile: it holds something else or more than it says.
+    """
+    with archive.open(member) as file:
+        return file.read(member.file_size + 1)
 
 
 def _base(path: str) -> str:
