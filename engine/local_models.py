@@ -49,6 +49,9 @@ def keep_upload(files: Mapping[str, bytes]) -> Path:
 
     Returns:
         The folder; `uploaded` finds it again by its name.
+
+    Raises:
+        OSError: the disk is full, or may not be written to; nothing is left of the attempt.
     """
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
@@ -60,12 +63,15 @@ def keep_upload(files: Mapping[str, bytes]) -> Path:
         return folder
     uploads.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=uploads))
-    for name, content in files.items():
-        (made / name).write_bytes(content)
     try:
+        for name, content in files.items():
+            (made / name).write_bytes(content)
         made.rename(folder)
-    except OSError:  # the same files have arrived from somebody else meanwhile
-        shutil.rmtree(made)
+    except OSError:
+        if not folder.is_dir():  # else the same files have arrived from somebody else meanwhile
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     _forget_old(uploads)
     return folder
 

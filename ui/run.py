@@ -191,7 +191,7 @@ def watch(
     runtime = workbench()
     if runtime is None:
         return
-    running = is_running(key)
+    running = _is_under_way(_slot(key))
     slot = _settled(_asked(runtime, experiment, params, key), key, 0)
     if running and slot.ticket is None:  # what has been drawn above is of a job that runs
         st.rerun()
@@ -213,12 +213,33 @@ def params_of(key: str) -> ExperimentParams | None:
 def is_running(key: str) -> bool:
     """Whether the job of `key` is queued or running, or will be by the end of this drawing of the page."""
     slot = _slot(key)
-    return slot is not None and (slot.ticket is not None or slot.params is None)
+    return _is_under_way(slot) and _is_under_way(_settled(slot, key, 0))
+
+
+def problem(key: str) -> str | None:
+    """Why the last job of `key` gave no result; None if it gave one, or is under way."""
+    slot = _slot(key)
+    return None if slot is None or _is_under_way(slot) else slot.problem
+
+
+def ask(experiment: str, params: ExperimentParams, *, key: str) -> None:
+    """Have `experiment` computed anew from now on, wherever on the page `watch` will draw it: for a button's callback.
+
+    Where nothing draws `key` at the moment, in another tab, the job runs all the same.
+    """
+    ask_again(key)
+    started = starting()
+    if started.done() and started.exception() is None:  # else `watch` waits for it, or says why it cannot
+        _asked(started.result(), experiment, params, key)
 
 
 def ask_again(key: str) -> None:
     """Let the next `run` of `key` compute anew, whatever is known; the last good result stays until then."""
     _keep(key, replace(_slot(key) or _Slot("", None), params=None))
+
+
+def _is_under_way(slot: _Slot | None) -> bool:
+    return slot is not None and (slot.ticket is not None or slot.params is None)
 
 
 def _slot(key: str) -> _Slot | None:
@@ -273,6 +294,8 @@ def _progress(key: str) -> None:
 def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int) -> None:
     """How the job of `key` is doing, above what it has shown or its result."""
     slot = _slot(key)
+    if slot is None or slot.params is None:  # it is to be asked for again, which only the page does
+        st.rerun()
     partial = slot.partial
     if slot.ticket is not None:
         slot = _running(key)

@@ -40,7 +40,7 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
     """`text`, or the shipped stories if it is empty; its last tenth is kept apart to be tested on.
 
     Args:
-        text: what to learn from.
+        text: what to learn from, without blanks around it.
         vocab_size: of the tokenizer.
         block_size: T; each part must hold T + 1 tokens.
 
@@ -50,7 +50,7 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
     from engine.data import stream, train_tokenizer
     from engine.pretraining.run import PROMPT, read_stories
 
-    learned, tested = split([text] if text.strip() else read_stories(SHIPPED / "heldout.txt"))
+    learned, tested = split([text] if text else read_stories(SHIPPED / "heldout.txt"))
     tokenizer = train_tokenizer(learned, vocab_size, block_size)
     parts = stream(learned, tokenizer), stream(tested, tokenizer)
     if min(map(len, parts)) <= block_size:
@@ -62,7 +62,7 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
         tokenizer,
         *parts,
         characters_per_token=sum(map(len, tested)) / len(parts[1]),
-        prompt=_first_words(tested[0], tokenizer) if text.strip() else PROMPT,
+        prompt=_first_words(tested[0], tokenizer) if text else PROMPT,
     )
 
 
@@ -72,7 +72,7 @@ def check_length(text: str, block_size: int) -> None:
     Raises:
         InputError: it is; an empty text stands for the stories and passes.
     """
-    if not text.strip():
+    if not text:
         return
     _, tested = split([text])
     if sum(len(part.encode()) for part in tested) < block_size:  # a token has at least one byte, and one ends the text

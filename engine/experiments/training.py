@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.architecture import ModelConfig
 from engine.errors import InputError
@@ -82,6 +82,11 @@ class Params(ExperimentParams):
         description="What to learn from; empty takes the stories that come with the workbench.",
         json_schema_extra={"widget": "area"},
     )
+
+    @field_validator("text")
+    @classmethod
+    def _strip(cls, text: str) -> str:
+        return text.strip()  # a last tenth of blanks would be nothing to be tested on
 
     @model_validator(mode="after")
     def _check(self) -> Params:

@@ -97,10 +97,11 @@ class Dispatcher:
             await self._first(answer, work.stopping)
             if work.stop_reason is not None:
                 await self._halt(run, future, answer)
-                return self._partial(work, answer.result()) or Outcome(error=work.stop_reason)
             outcome = answer.result()
             if outcome is not None and not outcome.healthy:
                 await self._kill(run.worker)
+            if work.stop_reason is not None:
+                return self._partial(work, outcome) or Outcome(error=work.stop_reason)
             return outcome
         finally:
             if run.timer is not None:

@@ -90,7 +90,7 @@ class TestHead:
         np.testing.assert_array_equal(found.weights, found.untouched)
         assert not found.difference.any()
         np.testing.assert_allclose(found.layer_mean, overview.attention[16].astype(np.float32).mean(0), atol=1e-3)
-        assert found.sentence.startswith("Head 16.0 puts 80% of its mass on the previous token.")
+        assert found.sentence.startswith("Layer 16, head 0 puts 80% of its mass on the previous token.")
 
     def test_the_stages_follow_from_each_other(self):
         found = head(layer=3, head=4, temperature=2.0)

@@ -296,7 +296,7 @@ class TestRuns:
         seen = set()
         while not ticket.wait(0.01):
             if ticket.progress is not None:
-                assert ticket.state == "running"
+                assert ticket.state in ("running", "done")  # it may end between two lines
                 seen.add(ticket.progress.step)
         assert len(seen) >= 5
         assert ticket.progress == Progress(20, 20, {"square": 400.0})

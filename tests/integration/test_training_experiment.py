@@ -323,6 +323,10 @@ class TestBadInput:
     def test_a_text_that_may_be_long_enough_is_not(self, text):
         assert experiments.parse("training", {"text": text}).text == text
 
+    def test_blanks_around_a_text_are_no_part_of_it(self):
+        text = "the cat sat on the mat. " * 120
+        assert training.Params(text=text + " " * 3000) == training.Params(text=text)
+
     def test_spaces_alone_are_no_text(self):
         assert train(text="   ", steps=1).training_tokens == train(steps=1).training_tokens
 

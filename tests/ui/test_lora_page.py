@@ -569,6 +569,16 @@ class TestUpload:
         assert (first / "b").read_bytes() == b"2"
         assert len(list(first.parent.iterdir())) == 2
 
+    def test_what_could_not_be_written_leaves_nothing(self, tmp_path, monkeypatch):
+        def full(path, content):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            local_models.keep_upload({"a": b"1"})
+        assert not list((tmp_path / "uploads").iterdir())
+
     def test_the_oldest_are_forgotten(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
         monkeypatch.setattr(local_models, "_KEPT", 3)

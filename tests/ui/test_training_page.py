@@ -315,7 +315,33 @@ def test_the_guess_is_seen_beside_the_run_as_it_goes(lab):
     app.button(key="_cancel_training_run").click()
     finished(app)
     assert "You said 5.9" in words(app)
-    assert "of 2000." not in words(app)
+    assert "of 2000, where it ended: no verdict" in words(app)
+    assert "than you expected" not in words(app)
+
+
+def test_a_guess_is_not_judged_by_the_run_before(lab):
+    app = lab(tab="Predict", guess=5.9)
+    train(app)
+    app.slider(key="training_steps").set_value(2000).run()
+    app.button(key="_training_train").click().run()
+    while "You said" not in words(app):
+        assert "learned more" not in words(app)
+        app.run()
+    assert "of 2000." in words(app)
+    app.button(key="_cancel_training_run").click()
+    finished(app)
+
+
+@pytest.mark.parametrize("tab", ["Code", "Tests"])
+def test_a_training_started_from_a_tab_that_does_not_draw_it_runs_and_ends(lab, tab):
+    app = lab(tab=tab)
+    app.button(key="_training_train").click().run()
+    end = time.monotonic() + SECONDS
+    while app.button(key="_training_train").disabled:
+        assert time.monotonic() < end, "the button never came back"
+        time.sleep(0.1)
+        app.run()
+    assert app.session_state["_run_training_run"].result.ended == "finished"
 
 
 def test_the_guess_lies_beside_what_was_measured(lab):

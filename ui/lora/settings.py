@@ -125,4 +125,4 @@ def _start(params: lora.Params) -> None:
     st.session_state[_STARTED] = params
     if st.session_state.get(VIEW) not in (FINE_TUNE, INSIDE):
         st.session_state[VIEW] = FINE_TUNE
-    run.ask_again(RUN)
+    run.ask("lora", params, key=RUN)

@@ -84,7 +84,7 @@ def _times(params: lora_sweep.Params) -> str:
 
 def _start(params: lora_sweep.Params) -> None:
     st.session_state[_STARTED] = params
-    run.ask_again(_RUN)
+    run.ask("lora_sweep", params, key=_RUN)
 
 
 def span(params: lora_sweep.Params) -> tuple[float, float]:

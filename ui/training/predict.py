@@ -42,6 +42,9 @@ def predict(given: Settings) -> None:
         if given.guess is None:
             st.caption("Nothing was guessed before this run. Set your guess for another, then press “Train again”.")
             return
+        if found.ended != "running" and (run.is_running(RUN) or run.problem(RUN) is not None):
+            st.caption("Your guess waits for the training that it was made for.")
+            return
         _verdict(found, given.guess)
         if found.ended != "running" and params != given.params:
             st.caption("The settings have changed since this run: guess again, then press “Train again”.")
@@ -56,6 +59,8 @@ def _verdict(found: training.Result, guess: float) -> None:
     words = f"You said {guess:.1f}, it is {measured:.2f} after step {found.checked[-1]}"
     if found.ended == "running":
         st.info(plain(f"{words} of {found.steps}."), icon=":material/hourglass_top:")
+    elif found.ended != "finished":
+        st.info(plain(f"{words} of {found.steps}, where it ended: no verdict."), icon=":material/info:")
     elif abs(off) <= 0.2:
         st.success(plain(f"{words}: well guessed."), icon=":material/check_circle:")
     else:

@@ -78,7 +78,7 @@ def settings() -> Settings:
             if running
             else "What you see was trained with other settings: press “Train again” for these."
         )
-    if started is not None and not running and run.params_of(RUN) != started:
+    if run.problem(RUN) is not None:
         st.warning("This training gave no result: the note where the curves stand says why.", icon=":material/info:")
     return Settings(params, started, st.session_state.get(_GUESSED))
 
@@ -142,4 +142,4 @@ def _start(params: training.Params) -> None:
     state = st.session_state
     moved = state.pop(_GUESS_SET, None)
     state[_STARTED], state[_GUESSED] = params, state.get(GUESS, moved)
-    run.ask_again(RUN)
+    run.ask("training", params, key=RUN)
