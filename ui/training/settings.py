@@ -56,10 +56,10 @@ def settings() -> Settings:
     with st.expander("Text, batch and seed", icon=":material/tune:"):
         values |= controls.controls(training.Params, prefix=PREFIX, fields=["text", "batch_size", "seed"])
     params = controls.validated(training.Params, values)
+    started, running = st.session_state.get(_STARTED), run.is_running(RUN)  # first: a run that has ended is known then
     if params is not None:
         samples = _samples(params)
         st.caption(plain(cost_sentence(params.predict(samples), run.latest(RUN)) + batch_sentence(params, samples)))
-    started, running = st.session_state.get(_STARTED), run.is_running(RUN)
     label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
     st.button(
         "Training…" if running else label,
