@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from engine.experiments import ExperimentParams, _lora, duration
+from engine.experiments import ExperimentParams, _lora
+from engine.experiments._ending import Ending, see_through
 from engine.experiments._lora import Fact, Method, ModelName, Targets
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ _PUBLISHED: dict[ModelName, str] = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",  # as in engine.checkpoints, which needs torch
 }
 """What an adapter's file calls the model that it belongs to."""
-
-Ending = Literal["running", "finished", "cancelled", "timed out", "diverged"]
 
 
 class TuningParams(ExperimentParams):
@@ -268,7 +267,7 @@ def run(params: Params, job: Job) -> Result:
     from engine.finetuning.diary import Diary
     from engine.finetuning.lessons import Lessons, answer
     from engine.measure import device_name, versions
-    from engine.trainer import DivergedError, TrainerOptions
+    from engine.trainer import TrainerOptions
 
     base = pretrained.load(params.model, job.device)
     facts = params.known
@@ -352,16 +351,7 @@ def run(params: Params, job: Job) -> Result:
     began = time.monotonic()
     diary.examine(0)
     show()
-    ended, ending = "finished", f"All {params.steps} steps were taken."
-    try:
-        trainer.train_steps(params.steps)
-        if trainer.step < params.steps:
-            ended, stopped = "cancelled", "Cancelled"
-            if job.timed_out:
-                ended, stopped = "timed out", f"Stopped at its limit of {duration(params.time_limit)},"
-            ending = f"{stopped} after step {trainer.step} of {params.steps}: what was learned until then is shown."
-    except DivergedError as error:
-        ended, ending = "diverged", f"{error} What was learned until then is shown."
+    ended, ending = see_through(lambda: trainer.train_steps(params.steps), trainer, params, job)
     diary.examine(trainer.step)
     return result(ended, ending)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from engine.experiments import duration, lora
-from engine.experiments.lora import Ending
+from engine.experiments import lora
+from engine.experiments._ending import Ending, stopped
 
 if TYPE_CHECKING:
     from engine.runtime.jobs import Job
@@ -119,9 +119,8 @@ def run(params: Params, job: Job) -> Result:
         if (point := _points.get((tuning, job.device))) is None:
             found = lora.run(tuning, leg)
             if found.ended in ("cancelled", "timed out"):
-                late = found.ended == "timed out"
-                stopped = f"Stopped at its limit of {duration(params.time_limit)}," if late else "Cancelled"
-                return result(found.ended, f"{stopped} after {len(points)} of {len(runs)} runs, which are shown.")
+                ended, words = stopped(params, job)
+                return result(ended, f"{words} after {len(points)} of {len(runs)} runs, which are shown.")
             point = _keep(tuning, job.device, _point(tuning, found))
         points.append(point)
         leg.report(params.steps, params.steps, loss=point.final_loss, held_out_accuracy=point.held_out_accuracy)

@@ -10,14 +10,15 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from engine.architecture import ModelConfig
 from engine.errors import InputError
-from engine.experiments import ExperimentParams, _training_text, duration
+from engine.experiments import ExperimentParams, _training_text
+from engine.experiments._ending import Ending, see_through
 from engine.experiments._training_cost import Cost, count_flops, weigh
 from engine.experiments._training_diary import Diary, Sample, fixed_batch
 
@@ -38,8 +39,6 @@ _CHECKUPS = 25
 _PROBE_PERIOD = BLOCK_SIZE // 2
 _MIN_PERIOD = 12
 """With shorter ones, looking a fixed way back is right too often for an induction head to be worth having."""
-
-Ending = Literal["running", "finished", "cancelled", "timed out", "diverged"]
 
 
 class Params(ExperimentParams):
@@ -222,7 +221,7 @@ def run(params: Params, job: Job) -> Result:
     from engine.measure import device_name, versions
     from engine.model import Decoder
     from engine.pretraining.mixture import RepetitionMixture
-    from engine.trainer import DivergedError, Trainer
+    from engine.trainer import Trainer
 
     corpus = _training_text.read(params.text, VOCAB_SIZE, BLOCK_SIZE)
     learned = corpus.learned.to(job.device)
@@ -293,20 +292,16 @@ def run(params: Params, job: Job) -> Result:
     diary.examine(0)
     diary.listen(0)
     show()
-    ended, ending = "finished", f"All {params.steps} steps were taken."
-    try:
+
+    def train() -> None:
+        nonlocal pause, memory_bytes
         trainer.train_steps(params.steps)
         pause = weighed
         memory_bytes = weigh(trainer)
         pause = params.steps
         trainer.resume()
-        if trainer.step < params.steps:
-            ended, stopped = "cancelled", "Cancelled"
-            if job.timed_out:
-                ended, stopped = "timed out", f"Stopped at its limit of {duration(params.time_limit)},"
-            ending = f"{stopped} after step {trainer.step} of {params.steps}: what was learned until then is shown."
-    except DivergedError as error:
-        ended, ending = "diverged", f"{error} What was learned until then is shown."
+
+    ended, ending = see_through(train, trainer, params, job)
     diary.examine(trainer.step)
     diary.listen(trainer.step)
     return result(ended, ending, _pack(model, corpus.tokenizer))
