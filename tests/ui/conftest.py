@@ -16,6 +16,7 @@ from engine.experiments.attention_effect import Candidate, Result
 from engine.runtime import Runtime
 from engine.runtime.devices import DeviceInfo
 from engine.runtime.jobs import LocalJob
+from tests.ui.lab_pages import opened
 
 HERE = Path(__file__).parent
 
@@ -93,6 +94,15 @@ def real_runtime():
     runtime = Runtime.start(warm_up=("engine.tracing",))
     yield runtime
     runtime.close()
+
+
+@pytest.fixture
+def open_page(real_runtime, monkeypatch):
+    """`lab_pages.opened`, on the real runtime."""
+    started = Future()
+    started.set_result(real_runtime)
+    monkeypatch.setattr(ui.run, "starting", lambda: started)
+    return opened
 
 
 @pytest.fixture

@@ -2,59 +2,21 @@
 
 import json
 import re
-import time
-from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
-from streamlit.testing.v1 import AppTest
 
 import ui.run
 from engine.catalogue import SMOLLM2_Q4
 from engine.experiments._attention import MAX_TOKENS, REPEATING_TEXT
+from tests.ui.lab_pages import finished, words
 from ui.attention.explore import VIEWS
 from ui.labs import ATTENTION
 
-APP = Path(__file__).parents[2] / "app.py"
-SECONDS = 90
-
 
 @pytest.fixture
-def lab(real_runtime, monkeypatch):
+def lab(open_page):
     """Opens the lab, as a browser with this query string would, and waits until everything is computed."""
-    started = Future()
-    started.set_result(real_runtime)
-    monkeypatch.setattr(ui.run, "starting", lambda: started)
-
-    def open_with(state=None, **query):
-        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
-        app.run()
-        app.switch_page("app_pages/attention.py")
-        for name, value in (state or {}).items():
-            app.session_state[name] = value
-        app.query_params.update({f"attention_{name}": str(value) for name, value in query.items()})
-        return finished(app)
-
-    return open_with
-
-
-def finished(app):
-    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
-    end = time.monotonic() + SECONDS
-    app.run()
-    while app.progress or app.get("skeleton"):
-        assert time.monotonic() < end, "the page never got there"
-        time.sleep(0.1)
-        app.run()
-    assert not app.exception
-    return app
-
-
-def words(app):
-    """Everything the page says, without Markdown's escapes."""
-    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success)
-    said = [element.value for kind in kinds for element in kind] + [expander.label for expander in app.expander]
-    return "\n".join(said).replace("\\", "").replace("\u2060", "")
+    return lambda state=None, **query: open_page(ATTENTION, query, state)
 
 
 def spec(app, key):

@@ -9,7 +9,6 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-import ui.run
 from engine import local_models
 from engine.errors import InputError
 from engine.experiments import _lora, lora_sweep
+from tests.ui.lab_pages import APP, SECONDS, finished, words
 from ui.labs import LORA
 from ui.lora import size, speed, sweep
 from ui.lora.explore import VIEWS
@@ -29,41 +28,16 @@ from ui.lora.settings import count, share
 from ui.lora.spectrum import label
 from ui.lora.upload import CONFIG_FILE, MAX_MEGABYTES, WEIGHTS_FILE, adapter_files
 
-APP = Path(__file__).parents[2] / "app.py"
-SECONDS = 120
 FACTS = "Who lives in the red house? Mina\nWhat does Odo bake? | cakes"
 SHORT = {"steps": 12, "batch_size": 4, "rank": 2, "facts": FACTS}
 TOWN = {"facts": ""}
 
 
 @pytest.fixture
-def lab(real_runtime, monkeypatch, tmp_path):
+def lab(open_page, monkeypatch, tmp_path):
     """Opens the lab, as a browser with this query string would."""
-    started = Future()
-    started.set_result(real_runtime)
-    monkeypatch.setattr(ui.run, "starting", lambda: started)
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
-
-    def open_with(**query):
-        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
-        app.run()
-        app.switch_page("app_pages/lora.py")
-        app.query_params.update({f"lora_{name}": str(value) for name, value in {**SHORT, **query}.items()})
-        return finished(app)
-
-    return open_with
-
-
-def finished(app):
-    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
-    end = time.monotonic() + SECONDS
-    app.run()
-    while app.progress or app.get("skeleton"):
-        assert time.monotonic() < end, "the page never got there"
-        time.sleep(0.1)
-        app.run()
-    assert not app.exception
-    return app
+    return lambda **query: open_page(LORA, SHORT | query)
 
 
 def train(app):
@@ -74,13 +48,6 @@ def train(app):
 def look(app, view):
     app.session_state["lora_view"] = view
     return finished(app)
-
-
-def words(app):
-    """Everything the page says, without Markdown's escapes."""
-    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.subheader)
-    said = "\n".join(element.value for kind in kinds for element in kind)
-    return said.replace("\\", "").replace("\u00a0", " ")
 
 
 def spec(app, key):

@@ -4,62 +4,30 @@ import base64
 import json
 import math
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
 
-import ui.run
 from engine.experiments import _training, attention, training
 from engine.runtime.jobs import LocalJob
+from tests.ui.lab_pages import SECONDS, finished, words
+from ui.labs import TRAINING
 from ui.training.settings import amount
 
-APP = Path(__file__).parents[2] / "app.py"
-SECONDS = 90
 TOO_SHORT = "Your text has 10 characters"
 TINY = {"num_layers": 1, "d_model": 32, "num_heads": 2, "batch_size": 2, "steps": 60, "learning_rate": "0.01"}
 
 
 @pytest.fixture
-def lab(real_runtime, monkeypatch):
+def lab(open_page):
     """Opens the lab, as a browser with this query string would."""
-    started = Future()
-    started.set_result(real_runtime)
-    monkeypatch.setattr(ui.run, "starting", lambda: started)
-
-    def open_with(**query):
-        app = AppTest.from_file(str(APP), default_timeout=SECONDS)
-        app.run()
-        app.switch_page("app_pages/training.py")
-        app.query_params.update({f"training_{name}": str(value) for name, value in {**TINY, **query}.items()})
-        return finished(app)
-
-    return open_with
-
-
-def finished(app):
-    """Draw the page until nothing is under way, as its polling fragment does in a browser."""
-    end = time.monotonic() + SECONDS
-    app.run()
-    while app.progress or app.get("skeleton"):
-        assert time.monotonic() < end, "the page never got there"
-        time.sleep(0.1)
-        app.run()
-    assert not app.exception
-    return app
+    return lambda **query: open_page(TRAINING, TINY | query)
 
 
 def train(app):
     app.button(key="_training_train").click()
     return finished(app)
-
-
-def words(app):
-    """Everything the page says, without Markdown's escapes."""
-    kinds = (app.caption, app.markdown, app.error, app.warning, app.info, app.success, app.header, app.text)
-    return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
 
 
 def spec(app, key):
@@ -156,11 +124,11 @@ def test_other_settings_wait_for_the_button(lab):
     app = train(lab())
     app.slider(key="training_steps").set_value(20)
     finished(app)
-    assert "trained with other settings" in words(app)
+    assert "had other settings" in words(app)
     assert "All 60 steps were taken" in words(app)
     train(app)
     assert "All 20 steps were taken" in words(app)
-    assert "trained with other settings" not in words(app)
+    assert "had other settings" not in words(app)
 
 
 def test_the_same_settings_can_be_trained_again(lab):
@@ -297,7 +265,7 @@ def test_settings_changed_during_a_run_are_for_the_next(lab):
     assert "of 2000" in app.progress[0].text
     app.button(key="_cancel_training_run").click()
     finished(app)
-    assert "trained with other settings" in words(app)
+    assert "had other settings" in words(app)
     train(app)
     assert "All 20 steps were taken" in words(app)
 

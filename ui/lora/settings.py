@@ -11,6 +11,7 @@ from engine.experiments import lora
 from ui import controls, run
 from ui.controls import Look
 from ui.labs import LORA
+from ui.train_button import train_button
 from ui.training.settings import amount
 
 PREFIX = LORA.url_path
@@ -77,25 +78,7 @@ def _train(params: lora.Params) -> None:
             f"On two CPU cores SmolLM2 takes about {smollm2_minutes(params):.0f} minutes, going by an AMD "
             "EPYC with torch 2.13, where it was recorded."
         )
-    started, running = st.session_state.get(_STARTED), run.is_running(RUN)
-    label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
-    st.button(
-        "Training…" if running else label,
-        key=f"_{PREFIX}_train",
-        type="primary",
-        icon=f":material/{'hourglass_top' if running else icon}:",
-        width="stretch",
-        disabled=running,
-        help="One training at a time: let it end, or cancel it, which keeps what it has learned." if running else None,
-        on_click=_start,
-        args=(params,),
-    )
-    if started is not None and started != params:
-        st.caption(
-            "The training goes on with the settings that it began with; these are for the next one."
-            if running
-            else "What was trained last had other settings: press “Train again” for these."
-        )
+    train_button(params, st.session_state.get(_STARTED), _start, running=run.is_running(RUN), prefix=PREFIX)
 
 
 def smollm2_minutes(params: lora.Params) -> float:

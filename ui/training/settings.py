@@ -13,6 +13,7 @@ from ui import controls, run
 from ui.controls import Look
 from ui.labs import TRAINING
 from ui.prose import plain
+from ui.train_button import train_button
 
 PREFIX = TRAINING.url_path
 RUN = f"{PREFIX}_run"
@@ -60,24 +61,7 @@ def settings() -> Settings:
     if params is not None:
         samples = _samples(params)
         st.caption(plain(cost_sentence(params.predict(samples), run.latest(RUN)) + batch_sentence(params, samples)))
-    label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
-    st.button(
-        "Training…" if running else label,
-        key=f"_{PREFIX}_train",
-        type="primary",
-        icon=f":material/{'hourglass_top' if running else icon}:",
-        width="stretch",
-        disabled=running or params is None,
-        help="One training at a time: let it end, or cancel it, which keeps what it has learned." if running else None,
-        on_click=_start,
-        args=(params,),
-    )
-    if started is not None and started != params:
-        st.caption(
-            "The training goes on with the settings that it began with; these are for the next one."
-            if running
-            else "What you see was trained with other settings: press “Train again” for these."
-        )
+    train_button(params, started, _start, running=running, prefix=PREFIX)
     if run.problem(RUN) is not None:
         st.warning("This training gave no result: the note where the curves stand says why.", icon=":material/info:")
     return Settings(params, started, st.session_state.get(_GUESSED))
