@@ -107,7 +107,7 @@ class Params(ExperimentParams):
         )
 
     def memory_bytes(self) -> int:
-        """What a run allocates at its peak, which is either where the backward pass begins or where the step ends.
+        """What a step allocates at its peak, which is either where the backward pass begins or where the step ends.
 
             max(12 P + 4·B·T·(L·(10 D + 4 F + H + 2) + 3 D + 3 V + 3), 16 P + 12 max(D·F, V·D))
 
@@ -115,6 +115,7 @@ class Params(ExperimentParams):
         through. Until it begins there are the activations that it needs, in numbers a token: of a layer what goes into
         its products, norms and attention, with H sums of the softmax; of the ends the embedding, the last norm and its
         input, and logits, their log-softmax and its gradient. AdamW's own update takes three times the largest matrix.
+        The checkups' 64 samples, some 16 MB without gradients, are left out: they exceed it only for the smallest runs.
         """
         config = self.architecture
         layer = 10 * config.d_model + 4 * config.ffn_dim + config.num_heads + 2

@@ -251,7 +251,7 @@ def test_the_curves_grow_on_axes_that_stay_and_a_cancelled_run_keeps_them(lab):
     assert first < last < 2000
     assert f"Cancelled after step {last} of 2000" in words(app)
     assert "So far" not in words(app)
-    assert "It learned from" in words(app)
+    assert "tokens to learn from" in words(app)
     assert not app.button(key="_training_train").disabled
     assert [button.label for button in app.get("download_button")] == ["Save model"]
 

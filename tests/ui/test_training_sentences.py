@@ -183,6 +183,13 @@ def test_the_speed_is_that_of_the_steps_alone():
     assert sentences.speed(dataclasses.replace(found, seconds=1000.0)).startswith("The steps did 11 GFLOP/s")
 
 
+def test_the_step_that_is_weighed_does_not_slow_the_others():
+    found = result(steps=40)
+    weighed = found.tokens_per_second.copy()
+    weighed[1] /= 50
+    assert step_seconds(dataclasses.replace(found, tokens_per_second=weighed)) == step_seconds(found)
+
+
 class TestCost:
     @pytest.mark.parametrize(("samples", "said"), [(18, "a batch holds 18, not 64."), (64, ""), (None, "")])
     def test_a_batch_that_the_text_cannot_fill_is_said(self, samples, said):

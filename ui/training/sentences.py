@@ -156,9 +156,9 @@ def progress(found: training.Result) -> str:
 
 
 def speed(found: training.Result) -> str:
-    """How much arithmetic a second the steps did, of which there is at least one; checkups and samples left out."""
+    """How much arithmetic a second the steps did, of which there is at least one, going by their median."""
     seconds = step_seconds(found)
     return (
         f"The steps did {amount(found.measured.flops / seconds)}FLOP/s on {found.device}: they took {seconds:.3g} of "
-        f"{found.seconds:.3g} s, checkups and samples the rest."
+        f"{found.seconds:.3g} s; checkups, samples and weighing one step took the rest."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import streamlit as st
 
 from engine.experiments import duration, training
@@ -103,8 +104,8 @@ def cost_sentence(cost: Cost, last: training.Result | None) -> str:
 
 
 def step_seconds(found: training.Result) -> float:
-    """How long the steps of a run took together, without checkups and samples."""
-    return float((found.tokens_per_step / found.tokens_per_second).sum())
+    """How long the steps of a run took together, going by their median: one is weighed as well, and takes longer."""
+    return float(len(found.step) * found.tokens_per_step / np.median(found.tokens_per_second))
 
 
 def roughly(seconds: float) -> str:
