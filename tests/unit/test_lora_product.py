@@ -25,7 +25,7 @@ def operands(seed=0, shape=(2, 5, 7), dtype=torch.float64, bias=True, x_learns=T
 def gradients(function, x, weight, bias, A, B, scaling):
     y = function(x, weight, bias, A, B, scaling)
     wanted = [tensor for tensor in (x, A, B) if tensor.requires_grad]
-    probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y)
     return [y, *torch.autograd.grad((y * probe).sum(), wanted)]
 
 
@@ -144,7 +144,7 @@ def several(seed, shape=(2, 5, 7), dtype=torch.float64, factor_dtype=None, x_lea
 
 def gradients_of_several(function, x, adapted):
     outputs = function(x, adapted)
-    probes = [torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype) for y in outputs]
+    probes = [torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y) for y in outputs]
     wanted = [tensor for tensor in (x, *(f for one in adapted for f in (one.A, one.B))) if tensor.requires_grad]
     return [*outputs, *torch.autograd.grad(sum((y * p).sum() for y, p in zip(outputs, probes, strict=True)), wanted)]
 

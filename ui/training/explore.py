@@ -81,8 +81,9 @@ def _draw(found: training.Result, params: training.Params) -> None:
 
 def _ending(found: training.Result) -> None:
     words = plain(
-        f"{found.ending} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}. The text has "
-        f"{found.training_tokens:,} tokens to learn from; its last tenth, {found.held_out_tokens:,} tokens, was held out."
+        f"{found.ending} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}. The "
+        f"text has {found.training_tokens:,} tokens to learn from; its last tenth, {found.held_out_tokens:,} tokens, "
+        "was held out."
     )
     if found.ended == "diverged":
         st.warning(words, icon=":material/trending_up:")
