@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.quantization.calibration import InputStatistics
-from engine.quantization.data_types import DataType
-from engine.quantization.grouping import Grouping
-from engine.quantization.tensor import QuantizedTensor, quantize
+from engine.quantization.data_types import DataType, data_type
+from engine.quantization.grouping import Grouping, per_block
+from engine.quantization.tensor import Grid, QuantizedTensor, check_weights, quantize
 
 STEPS = 20
 _SMALLEST, _LARGEST = 1e-4, 1e4
@@ -64,7 +64,8 @@ def quantize_awq(
         s = m^α / √(max m^α · min m^α),  m = mean |x|;  α from 0 to 1 in `steps` steps, the one with the least
         mean ‖(Q(W·diag(s))·diag(s)⁻¹ − W)·x‖² = tr(Δ·H·Δᵀ)
 
-    α = 0 is plain rounding, so that on the text of the statistics the result is never worse.
+    α = 0 is plain rounding, so that on the text of the statistics the result is never worse. Double quantization comes
+    after the search, which sees the scales as they are before.
 
     Args:
         w: (O, I), finite.
@@ -79,14 +80,22 @@ def quantize_awq(
 
     Source: Lin et al. 2023, https://arxiv.org/abs/2306.00978; without the search for a clipping range.
     """
+    check_weights(w)
+    chosen = data_type(to) if isinstance(to, str) else to
+    grouping = grouping or per_block()
+    weights = w.detach().float()
     magnitude = statistics.magnitude.clamp_min(_SMALLEST)  # (I,)
     best, least = None, torch.inf
     for exponent in torch.linspace(0, 1, steps + 1).tolist():
         powers = magnitude**exponent
         scales = (powers / (powers.max() * powers.min()).sqrt()).clamp(_SMALLEST, _LARGEST).half()
-        quantized = quantize((w * scales).to(w.dtype), to, grouping, double_quantization=double_quantization)
-        candidate = ScaledTensor(quantized, scales, exponent)
-        error = statistics.output_error(w, candidate.dequantize())
+        scaled = (w * scales).to(w.dtype)
+        groups = grouping.split(scaled.float())  # (G, S)
+        grid = Grid.fit(groups, chosen)
+        rounded = grouping.join(grid.decode(grid.encode(groups)), w.shape).to(w.dtype)
+        error = statistics.output_power(rounded.float() / scales.float() - weights)
         if error < least:
-            best, least = candidate, error
-    return best
+            best, least = (scaled, scales, exponent), error
+    scaled, scales, exponent = best
+    quantized = quantize(scaled, chosen, grouping, double_quantization=double_quantization)
+    return ScaledTensor(quantized, scales, exponent)

@@ -38,9 +38,12 @@ class InputStatistics:
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """mean ‖(Ŵ − W)·x‖² / mean ‖W·x‖² over the inputs seen: what rounding a weight (O, I) costs at the output."""
         weight = weight.detach().float()
-        error = _output_power(approximation.float() - weight, self.hessian)
-        power = _output_power(weight, self.hessian)
-        return error / power if power else 0.0
+        power = self.output_power(weight)
+        return self.output_power(approximation.float() - weight) / power if power else 0.0
+
+    def output_power(self, matrix: Tensor) -> float:
+        """mean ‖M·x‖² = tr(M·H·Mᵀ) over the inputs seen, of M (O, I) float32."""
+        return ((matrix @ self.hessian) * matrix).sum().item()
 
 
 def collect_statistics(
@@ -103,8 +106,3 @@ class _Watch:
     def statistics(self) -> InputStatistics:
         count = max(1, self._count)
         return InputStatistics(self._squares / count, self._magnitudes / count, self._count)
-
-
-def _output_power(matrix: Tensor, hessian: Tensor) -> float:
-    """mean ‖M·x‖² = tr(M·H·Mᵀ) of M (O, I)."""
-    return ((matrix @ hessian) * matrix).sum().item()

@@ -60,22 +60,23 @@ def quantize_gptq(
     chosen = data_type(to) if isinstance(to, str) else to
     weights = w.detach().float()
     grid = Grid.fit(grouping.split(weights), chosen)
-    group_of = _group_numbers(grouping, w)  # (O, I)
     order = statistics.hessian.diagonal().argsort(descending=True, stable=True)  # (I,)
     U = _compensation(statistics.hessian[order][:, order], damping)
-    left = weights[:, order]  # (O, I), what is still to be rounded
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, w.shape[1], COLUMNS_AT_ONCE):
-        end = min(start + COLUMNS_AT_ONCE, w.shape[1])
-        errors = torch.empty(len(w), end - start, device=w.device)
+    group_of = _group_numbers(grouping, w).T[order].contiguous()  # (I, O)
+    left = weights.T[order].contiguous()  # (I, O), what is still to be rounded; an input's weights are neighbours
+    coded = torch.empty(left.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, len(left), COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, len(left))
+        errors = torch.empty(end - start, len(w), device=w.device)
         for j in range(start, end):
-            column = grid.pick(group_of[:, order[j]])
-            rounded = column.encode(left[:, j : j + 1])  # (O, 1)
-            codes[:, order[j]] = rounded[:, 0]
-            error = (left[:, j] - column.decode(rounded)[:, 0]) / U[j, j]  # (O,)
-            left[:, j + 1 : end] -= error[:, None] * U[j, j + 1 : end]
-            errors[:, j - start] = error
-        left[:, end:] -= errors @ U[start:end, end:]
+            column = grid.pick(group_of[j])
+            rounded = column.encode(left[j, :, None])  # (O, 1)
+            coded[j] = rounded[:, 0]
+            errors[j - start] = error = (left[j] - column.decode(rounded)[:, 0]) / U[j, j]  # (O,)
+            left[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+        left[end:] -= U[start:end, end:].T @ errors
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    codes[:, order] = coded.T
     return grid.store(codes, grouping, w, double_quantization)
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from engine.quantization.layers import LeftAlone, Objection, Selection, copy_without_weights, select_layers
 from engine.quantization.outliers import THRESHOLD
-from engine.quantization.tensor import check_weights
+from engine.quantization.tensor import check_weights, kernels_for
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 _BLOCK_SIZES = (64, 32)
 _BYTES_PER_MB = 1_000_000
@@ -139,6 +142,46 @@ def quantize_model_8bit(model: nn.Module, threshold: float = THRESHOLD) -> nn.Mo
         return layer
 
     return _replace_layers(model, make)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """The weight of a `bitsandbytes.nn.Linear4bit` as it is stored, (O, I) when it is dequantized.
+
+    Args:
+        packed: its codes, two a byte.
+        state: bitsandbytes' record of scales, levels and shape.
+    """
+
+    packed: Tensor
+    state: QuantState
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> StoredWeight | None:
+        """That of `layer`; None where it is no `Linear4bit`, is not quantized yet, or packed for one CPU's kernels."""
+        state = getattr(layer._parameters.get("weight"), "quant_state", None)
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return None
+        from bitsandbytes.nn import Linear4bit
+
+        computes_plainly = getattr(type(layer), "forward", None) is Linear4bit.forward
+        return cls(layer.weight, state) if computes_plainly else None
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (O, I), in `dtype`."""
+        state, packed = self.state, self.packed.detach()  # a plain tensor: bitsandbytes' subclass is slow in Python
+        kernels = kernels_for(packed)
+        if kernels is None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(packed, state).to(dtype)
+        scales = state.absmax
+        if state.nested:
+            inner = state.state2
+            scales = kernels.NestedScales(scales, inner.code, inner.absmax, state.offset, inner.blocksize)
+        codes = packed.view(torch.uint8).flatten()
+        return kernels.dequantize_blocks(codes, scales, state.code, state.blocksize, state.shape, dtype)
 
 
 def get_model_memory_mb(model: nn.Module) -> float:

@@ -4,12 +4,18 @@
     q.dequantize()       # w's shape and dtype
     q.bits_per_weight    # 4.5
 
+What is written here is the definition. On CUDA `engine.quantization.kernels` does the same for 4 bits in blocks.
+
 Legend: N weights, G groups, S weights of a group.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Size, Tensor
@@ -45,6 +51,13 @@ class QuantizedScales:
     def dequantize(self) -> Tensor:
         """The scales, (G,) float32."""
         return self.differences.dequantize() + self.mean
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Codes (G,), levels by code (256,), scales of the scales, mean, and how many scales share one of them."""
+        inner = self.differences
+        levels = _levels_by_code(inner.data_type, inner.payload.device)
+        return inner.payload, levels, inner.scales, self.mean, inner.grouping.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +98,19 @@ class QuantizedTensor:
         """8 · `nbytes` / N."""
         return 8 * self.nbytes / self.shape.numel()
 
+    @property
+    def _is_doubly_quantized(self) -> bool:
+        return isinstance(self.scales, QuantizedScales)
+
     def dequantize(self) -> Tensor:
         """The weights that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        kernels = kernels_for(self.payload)
+        if kernels and kernels.decodes(self.data_type, self.grouping, self.dtype):
+            levels = _levels_by_code(self.data_type, self.payload.device)
+            scales = kernels.NestedScales(*self.scales.parts) if self._is_doubly_quantized else self.scales
+            return kernels.dequantize_blocks(self.payload, scales, levels, self.grouping.size, self.shape, self.dtype)
         levels = self.grouping.split(self.data_type.decode(self.codes))  # (G, S)
-        scales = self.scales.dequantize() if isinstance(self.scales, QuantizedScales) else self.scales  # (G,)
+        scales = self.scales.dequantize() if self._is_doubly_quantized else self.scales  # (G,)
         if self.zero_points is not None:
             codes = unpack(self.zero_points, self.data_type.bits, len(scales))
             levels = levels - self.data_type.decode(codes)[:, None]
@@ -176,10 +198,17 @@ def quantize(
 
     Source: block-wise absmax as in bitsandbytes 0.50, `quantize_4bit`: same codes, same scales, same values for NF4 and
     its FP4. Within the last block of a tensor that S does not divide, its CPU kernel divides by the scale where it
-    multiplies by the inverse elsewhere; here and on CUDA the inverse is used throughout.
+    multiplies by the inverse elsewhere; here and on CUDA the inverse is used throughout. On CUDA codes are those of its
+    CUDA kernels, which differ from the CPU's in what `engine.quantization.kernels` lists.
     """
     chosen = data_type(to) if isinstance(to, str) else to
     grouping = grouping or per_block()
+    kernels = kernels_for(w)
+    if kernels and w.numel() and kernels.encodes(chosen, grouping, w.dtype):
+        payload, absmax = kernels.quantize_blocks(w.detach(), chosen.name, grouping.size)
+        if math.isfinite(absmax.max().item()):  # one reduction; a NaN is larger than all others
+            scales = _quantize_scales(absmax) if double_quantization else absmax
+            return QuantizedTensor(payload, scales, None, chosen, grouping, w.shape, w.dtype)
     check_weights(w)
     groups = grouping.split(w.detach().float())  # (G, S)
     grid = Grid.fit(groups, chosen)
@@ -190,6 +219,26 @@ def quantize(
 def _quantize_scales(scales: Tensor) -> QuantizedScales:
     mean = scales.mean()
     return QuantizedScales(quantize(scales - mean, dynamic_8bit(), per_block(SCALES_PER_BLOCK)), mean)
+
+
+def kernels_for(like: Tensor) -> ModuleType | None:
+    """`engine.quantization.kernels` for a tensor on CUDA, None elsewhere and where Triton is not installed."""
+    return _triton_kernels() if like.is_cuda else None
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from engine.quantization import kernels
+
+    return kernels
+
+
+@lru_cache(maxsize=32)
+def _levels_by_code(data_type: DataType, device: torch.device) -> Tensor:
+    """Every level at its code's place, (2^b,) float32."""
+    return data_type.decode(torch.arange(2**data_type.bits, dtype=torch.uint8, device=device))
 
 
 def check_weights(w: Tensor, name: str = "The weights") -> None:
