@@ -1,0 +1,335 @@
+"""The quantization lab's experiments on whole models: the map, perplexity, sensitivity, and two models side by side."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine import llama, pretrained
+from engine.catalogue import MINILM
+from engine.data import TokenBlocks
+from engine.errors import InputError, JobCancelledError
+from engine.experiments import (
+    _quantization_perplexity,
+    parse,
+    quantization,
+    quantization_map,
+    quantization_model,
+    quantization_sensitivity,
+    quantization_side_by_side,
+)
+from engine.generation import generate
+from engine.pretraining.run import read_stories
+from engine.quantization.grouping import per_block
+from engine.quantization.methods import quantize_layers
+from engine.quantization.perplexity import measure_perplexity, read_blocks
+from engine.runtime.jobs import LocalJob
+from tests.tiny_models import save
+
+LAYER = "model.layers.3.self_attn.o_proj"
+OWN = "The cat sat on the mat and the dog ran to the big red house on the hill. " * 8
+QUICK = {"tokens": 512, "methods": ("rounding",), "data_types": ("Integer",), "widths": (3,)}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_finished_yet(monkeypatch):
+    for experiment in (quantization_model, quantization_sensitivity):
+        monkeypatch.setattr(experiment, "_finished", _quantization_perplexity.Finished())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(save(tmp_path_factory.mktemp("tiny"), "llama"))
+
+
+def sweep(job=None, **values):
+    return quantization_model.run(quantization_model.Params(**{**QUICK, **values}), job or LocalJob())
+
+
+def sensitivity(job=None, **values):
+    return quantization_sensitivity.run(quantization_sensitivity.Params(**{"tokens": 256, **values}), job or LocalJob())
+
+
+def compare(job=None, **values):
+    return quantization_side_by_side.run(
+        quantization_side_by_side.Params(**{"new_tokens": 12, **values}), job or LocalJob()
+    )
+
+
+def stop_after(steps, **handlers):
+    job = LocalJob(**handlers)
+    job._on_progress = lambda progress: setattr(job, "cancelled", progress.step >= steps)
+    return job
+
+
+class TestModel:
+    def test_a_point_is_what_the_engine_measures(self):
+        found = sweep()
+        model = pretrained.load()
+        stories = read_stories(_quantization_perplexity.SHIPPED / "heldout.txt")
+        blocks = TokenBlocks(read_blocks(stories, model.tokenizer, 256).ids[:2])
+        quantized = quantize_layers(model.model, "int3", per_block(64))
+        assert found.tokens == 512
+        assert found.original.perplexity == pytest.approx(measure_perplexity(model.model, blocks).value, rel=1e-4)
+        (point,) = found.points
+        assert point.perplexity == pytest.approx(measure_perplexity(quantized, blocks).value, rel=1e-4)
+        assert point.perplexity == pytest.approx(math.exp(point.loss))
+        assert point.bits_per_weight == 3.5
+        assert found.ended == "finished"
+        assert 0.8 < found.weights < 0.83
+
+    def test_better_methods_bring_two_bits_back_to_life(self):
+        found = sweep(methods=("rounding", "GPTQ", "AWQ"), data_types=("NormalFloat",), widths=(2,))
+        by_method = {point.method: point for point in found.points}
+        assert by_method["GPTQ"].loss < by_method["rounding"].loss - 2
+        assert by_method["AWQ"].loss < by_method["rounding"].loss
+        for better in ("GPTQ", "AWQ"):
+            assert by_method[better].output_error < by_method["rounding"].output_error
+        assert f"{found.original.perplexity:.2f}" in found.sentence
+        assert found.calibration_tokens == 4096
+
+    def test_calibration_text_is_not_measured_on(self):
+        model = pretrained.load()
+        everything = _quantization_perplexity.read_text(quantization_model.Params(tokens=65_536), model)
+        last = _quantization_perplexity._stories(model).ids[-_quantization_perplexity.CALIBRATION_BLOCKS :]
+        assert not (everything.blocks.ids[:, None] == last).all(-1).any()
+
+    def test_points_come_in_order_grow_and_are_kept(self, tiny):
+        shown, reported = [], []
+        job = LocalJob(on_progress=reported.append, on_show=shown.append)
+        settings = {
+            "model": tiny,
+            "text": OWN,
+            "widths": (2, 8, 4),
+            "data_types": ("Integer", "NormalFloat"),
+            "methods": ("rounding", "AWQ"),
+        }
+        found = sweep(job, **settings)
+        assert [(point.bits, point.data_type, point.method) for point in found.points] == list(
+            itertools.product((8, 4, 2), ("Integer", "NormalFloat"), ("rounding", "AWQ"))
+        )
+        assert [len(partial.points) for partial in shown] == list(range(13))
+        assert all(partial.ended == "running" for partial in shown)
+        assert [progress.step for progress in reported] == list(range(13))
+        assert found.points[:5] == shown[5].points
+        again = sweep(**settings | {"widths": (8,)})
+        assert again.points == found.points[:4]  # the seconds too: nothing was measured again
+        assert again.original == found.original
+
+    def test_what_it_has_is_returned_when_it_is_stopped_and_gone_on_from(self, tiny):
+        settings = {"model": tiny, "text": OWN, "widths": (6, 4, 3)}
+        part = sweep(stop_after(2), **settings)
+        assert (part.ended, len(part.points), part.total) == ("cancelled", 2, 3)
+        assert "2 of 3" in part.ending
+        whole = sweep(**settings)
+        assert whole.points[:2] == part.points
+        assert whole.ended == "finished"
+
+    def test_it_stops_within_a_point(self):
+        """A layer later, not a model later."""
+        seen = []
+        original = quantize_layers
+
+        class Impatient:
+            device, timed_out = "cpu", False
+
+            @property
+            def cancelled(self):
+                return len(seen) > 8
+
+            def report(self, *_, **__):
+                pass
+
+            def show(self, draft):
+                pass
+
+        def watched(*args, on_layer, **values):
+            def follow(*report):
+                seen.append(report)
+                on_layer(*report)
+
+            return original(*args, on_layer=follow, **values)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.quantization.methods.quantize_layers", watched)
+            found = sweep(Impatient())
+        assert (found.ended, found.points) == ("cancelled", [])
+        assert len(seen) == 9
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ({"block_size": 32}, {"block_size": 16}),
+            ({"scale": "per block"}, {"scale": "per channel"}),
+            ({"double_quantization": False}, {"double_quantization": True}),
+            ({"symmetric": True}, {"symmetric": False}),
+            ({"text": OWN}, {"text": "And more of it. " + OWN}),
+            ({"tokens": 64}, {"tokens": 128}),
+        ],
+    )
+    def test_other_settings_are_other_points(self, tiny, one, other):
+        values = {"model": tiny, "text": OWN}
+        assert sweep(**values | one).points[0].loss != sweep(**values | other).points[0].loss
+
+    def test_a_text_of_ones_own(self):
+        found = sweep(text=OWN, tokens=128)
+        assert found.tokens == 128
+        assert "your own text" in found.text
+        assert found.original.perplexity != sweep(tokens=128).original.perplexity
+
+    @pytest.mark.parametrize("text", ["Too short.", "It has characters enough, but not many a token: " + "a" * 10])
+    def test_a_text_that_is_too_short(self, text):
+        with pytest.raises(InputError, match=r"too few to measure perplexity on: (give|paste text of) 65"):
+            quantization_model.run(parse("quantization_model", {"text": text}), LocalJob())
+
+    def test_only_spaces_are_no_text(self):
+        assert quantization_model.Params(text="  \n ").text == ""
+
+    def test_an_encoder_has_no_perplexity(self):
+        for run in (sweep, sensitivity, compare):
+            with pytest.raises(InputError, match="is an encoder"):
+                run(model=MINILM)
+
+    @pytest.mark.parametrize("values", [{"widths": ()}, {"widths": (1,)}, {"methods": ("luck",)}, {"tokens": 63}])
+    def test_what_makes_no_sense(self, values):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            sweep(**values)
+
+    def test_a_perplexity_beyond_all_numbers(self):
+        assert _quantization_perplexity.perplexity_of(1e4) == math.inf
+        assert _quantization_perplexity.perplexity_of(2.0) == pytest.approx(math.exp(2))
+
+
+class TestMap:
+    def test_every_layer_has_the_error_that_its_own_page_shows(self):
+        found = quantization_map.run(quantization_map.Params(bits=3), LocalJob())
+        assert (found.blocks, len(found.kinds)) == ([str(block) for block in range(6)], 7)
+        assert np.isfinite(found.sqnr_db).all()
+        np.testing.assert_allclose(found.relative_error, 10 ** (-found.sqnr_db / 20))
+        row, column = found.blocks.index("3"), found.kinds.index("self_attn.o_proj")
+        assert found.names[row][column] == LAYER
+        assert found.sqnr_db[row, column] == pytest.approx(
+            quantization.run(quantization.Params(layer=LAYER, bits=3), LocalJob()).distortion.sqnr_db
+        )
+        assert found.relative_error.max() == found.relative_error[np.array(found.names) == found.worst][0]
+        assert found.bits_per_weight == 3.5
+        assert [entry.name for entry in found.left] == ["model.embed_tokens.weight"]
+
+    def test_layers_outside_of_blocks_have_a_row(self, tiny):
+        found = quantization_map.run(quantization_map.Params(model=tiny), LocalJob())
+        assert found.blocks == ["0", "1", "2", "outside"]
+        assert found.names[-1][found.kinds.index("lm_head")] == "lm_head"
+        assert np.isnan(found.sqnr_db).sum() == found.names[-1].count("") + 3
+        assert found.done == found.total == 22
+
+    def test_it_grows_and_can_be_stopped(self):
+        shown = []
+        job = LocalJob(on_show=shown.append)
+        job._on_progress = lambda progress: setattr(job, "cancelled", progress.step == 5)
+        found = quantization_map.run(quantization_map.Params(), job)
+        assert [partial.done for partial in shown] == [1, 2, 3, 4, 5]
+        assert (found.done, found.ended) == (5, "cancelled")
+        assert np.isfinite(found.relative_error).sum() == 5
+        assert "5 of 42" in found.ending
+
+
+class TestSensitivity:
+    def test_each_part_is_quantized_alone(self):
+        found = sensitivity(unit="kind", bits=2)
+        assert [part.name for part in found.parts] == found.kinds
+        model = pretrained.load()
+        text = _quantization_perplexity.read_text(quantization_model.Params(tokens=256), model)
+        alone = quantize_layers(model.model, "nf2", per_block(64), layers=lambda name: name.endswith("o_proj"))
+        part = found.parts[found.kinds.index("self_attn.o_proj")]
+        assert part.perplexity == pytest.approx(measure_perplexity(alone, text.blocks).value, rel=1e-4)
+        assert part.increase == pytest.approx(part.perplexity / found.original_perplexity - 1)
+        assert part.weights == 6 * 256 * 256
+        assert found.quantized_perplexity > max(one.perplexity for one in found.parts)
+
+    @pytest.mark.parametrize(("unit", "count"), [("layer", 22), ("block", 4), ("kind", 8)])
+    def test_parts_cover_the_map(self, tiny, unit, count):
+        found = sensitivity(model=tiny, unit=unit)
+        assert len(found.parts) == found.total == count
+        whole = quantization_map.run(quantization_map.Params(model=tiny), LocalJob())
+        assert (found.blocks, found.kinds) == (whole.blocks, whole.kinds)
+        assert sum(part.weights for part in found.parts) == sum(math.prod(shape) for shape in whole.shapes.values())
+        for part in found.parts:
+            if unit == "layer":
+                assert part.name == whole.names[whole.blocks.index(part.block)][whole.kinds.index(part.kind)]
+            else:
+                assert part.name == (part.block or part.kind)
+
+    def test_it_grows_stops_and_goes_on(self, tiny):
+        shown = []
+        part = sensitivity(stop_after(3, on_show=shown.append), model=tiny, text=OWN)
+        assert [len(partial.parts) for partial in shown] == [1, 2, 3]
+        assert (part.ended, len(part.parts), part.quantized_perplexity) == ("cancelled", 3, None)
+        whole = sensitivity(model=tiny, text=OWN)
+        assert whole.parts[:3] == part.parts
+        assert whole.ended == "finished"
+
+
+class TestSideBySide:
+    def test_both_go_on_as_our_own_decoder_does(self):
+        found = compare(bits=2)
+        model = pretrained.load()
+        ids = torch.tensor([model.encode(quantization_side_by_side.Params().prompt)])
+        for source, said in (
+            (model.model, found.original_tokens),
+            (quantize_layers(model.model, "nf2", per_block(64)), found.quantized_tokens),
+        ):
+            expected = generate(llama.from_transformers(source), ids, 12)[0, ids.shape[1] :]
+            assert said == model.readable(expected.tolist())
+        first = found.first_difference
+        assert found.original_tokens[:first] == found.quantized_tokens[:first]
+        assert found.original_tokens[first] != found.quantized_tokens[first]
+        assert found.quantized_perplexity > 100 > found.original_perplexity
+
+    def test_eight_bits_say_the_same(self):
+        found = compare(bits=8, new_tokens=20)
+        assert found.first_difference is None
+        assert found.original_text == found.quantized_text
+        assert "same 20 tokens" in found.sentence
+        assert found.moved < 0.01
+
+    def test_attention_before_and_after(self):
+        found = compare(bits=3, attention_layer=4, attention_head=2)
+        for attention in (found.original_map, found.quantized_map):
+            np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
+        moved = np.abs(found.original_map - found.quantized_map).sum(-1).mean() / 2
+        assert found.moved == pytest.approx(moved, rel=1e-4)
+        assert found.moved == found.moved_by_head[4, 2]
+        assert found.moved_by_head.shape == (6, 8)
+        assert 0 < found.moved_by_head.max() < 1
+        assert len(found.prompt_tokens) == len(found.original_map)
+
+    def test_better_methods_move_less_attention(self):
+        moved = {method: compare(bits=2, method=method).moved_by_head.mean() for method in ("rounding", "GPTQ")}
+        assert moved["GPTQ"] < moved["rounding"]
+
+    def test_sizes(self):
+        found = compare()
+        assert found.original_nbytes == 2 * 4_718_592
+        assert found.quantized_nbytes == 4.5 / 8 * 4_718_592
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"attention_layer": 6}, "no layer 6: storyteller has 6 of them, 0 to 5"),
+            ({"attention_head": 8}, "no head 8"),
+            ({"prompt": "word " * 200}, "takes 128: shorten it"),
+        ],
+    )
+    def test_what_is_not_there(self, values, words):
+        with pytest.raises(InputError, match=words):
+            compare(**values)
+
+    def test_a_prompt_beyond_the_context(self, tiny):
+        with pytest.raises(InputError, match="exceed the 64 that"):
+            compare(model=tiny, new_tokens=64)
+
+    def test_cancelled(self):
+        with pytest.raises(JobCancelledError):
+            compare(stop_after(2))

@@ -1,0 +1,1 @@
+"""The quantization lab: what its page shows."""

@@ -1,0 +1,110 @@
+"""The Layer map view: the error of every linear layer of a model, each a way to its weights."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from engine.experiments import quantization_map
+from ui import chart, clicks, export, run, theme
+from ui.charts import quantization_layers as charts
+from ui.prose import plain
+from ui.quantization.sentences import decibels, layer_label
+from ui.quantization.settings import LAYER, PREFIX, VIEW, WEIGHTS, Settings, chosen_layer, keep
+
+_RUN, _FIGURE = f"{PREFIX}_map_run", f"{PREFIX}_map"
+_ROW, _HEIGHT, _TALLEST = 36, 260, 720
+
+
+def layer_map(given: Settings) -> None:
+    """The map, as its layers come."""
+    run.watch("quantization_map", given.params, _draw, key=_RUN, height=_HEIGHT)
+    clicks.on_cell_click(_FIGURE, _open)  # out here, for a click changes more than what `_draw` draws
+
+
+def height(rows: int) -> int:
+    """Of a map with so many rows, in pixels."""
+    return min(_TALLEST, _HEIGHT + _ROW * rows)
+
+
+def kind_label(kind: str) -> str:
+    """A kind of layers without what all of them have in common: ``"self_attn.q_proj"`` → ``"q_proj"``."""
+    return kind.rpartition(".")[2]
+
+
+def _draw(found: quantization_map.Result, params: quantization_map.Params) -> None:
+    places = {name: (y, x) for y, row in enumerate(found.names) for x, name in enumerate(row) if name}
+    fig = charts.layer_map(
+        found.relative_error,
+        found.blocks,
+        [kind_label(kind) for kind in found.kinds],
+        title="typical error, of the typical weight",
+        tickformat=".2~p",
+        hover=[[_hover(found, y, x) for x in range(len(found.kinds))] for y in range(len(found.blocks))],
+        chosen=places.get(chosen_layer()),
+        mode=theme.mode(),
+    )
+    if found.ended != "running" and found.ended != "finished":
+        st.caption(plain(found.ending))
+    chart.figure(
+        fig,
+        key=_FIGURE,
+        sentence=f"{found.sentence} Choose a layer to see its weights.",
+        height=height(len(found.blocks)),
+    )
+    export.export(
+        fig,
+        key=_FIGURE,
+        name="quantization-map",
+        experiment="quantization_map",
+        params=params,
+        data=lambda: _table(found),
+    )
+    if found.left:
+        kept = (
+            "1 matrix keeps its precision"
+            if len(found.left) == 1
+            else f"{len(found.left)} matrices keep their precision"
+        )
+        with st.expander(kept, icon=":material/shield:"):
+            for left in found.left:
+                shape = " × ".join(f"{side:,}" for side in left.shape)
+                st.markdown(f"**{plain(left.name)}**, {shape}: {plain(left.reason)}")
+
+
+def _hover(found: quantization_map.Result, y: int, x: int) -> str:
+    name = found.names[y][x]
+    if not name:
+        return ""
+    outputs, inputs = found.shapes[name]
+    return (
+        f"{layer_label(name)}, {outputs:,} × {inputs:,}<br>"
+        f"typical error {found.relative_error[y, x]:.2%} of the typical weight<br>"
+        f"signal to noise {decibels(float(found.sqnr_db[y, x]))}"
+    )
+
+
+def _open(x: int, y: int) -> None:
+    """Take a layer of the finished map as the source of weights and go to them."""
+    found = run.latest(_RUN)
+    if found and y < len(found.names) and x < len(found.names[y]) and (name := found.names[y][x]):
+        keep(LAYER, name, name)
+        keep(f"{PREFIX}_source", "model layer")
+        st.session_state[VIEW] = WEIGHTS
+
+
+def _table(found: quantization_map.Result) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "layer": name,
+                "outputs": found.shapes[name][0],
+                "inputs": found.shapes[name][1],
+                "relative_error": found.relative_error[y, x],
+                "sqnr_db": found.sqnr_db[y, x],
+            }
+            for y, row in enumerate(found.names)
+            for x, name in enumerate(row)
+            if name
+        ]
+    )
