@@ -85,4 +85,32 @@ LORA = Lab(
     ),
 )
 
-LABS = (ATTENTION, TRAINING, LORA)
+QUANTIZATION = Lab(
+    url_path="quantization",
+    title="Quantization",
+    question="How few bits before the model breaks?",
+    icon=":material/grid_4x4:",
+    script="app_pages/quantization.py",
+    starts=(
+        Start("See what 4 bits make of a layer"),
+        Start("Let one outlier wreck its block", {"source": "normal with outliers", "data_type": "Integer"}),
+        Start("Compare all data types", {"view": "All types"}),
+        Start("Break the whole model", {"view": "Model"}),
+    ),
+)
+
+MEMORY = Lab(
+    url_path="memory",
+    title="Memory",
+    question="Does it fit?",
+    icon=":material/memory:",
+    script="app_pages/memory.py",
+    starts=(
+        Start("See what QLoRA leaves of a 7 B model's training"),
+        Start("Find the moment at which most is held", {"view": "Through a step"}),
+        Start("Fit 70 B on one card", {"shape": "Llama 3 70B", "card": "80", "batch": "1", "checkpointing": "true"}),
+        Start("Check the prediction on this device", {"view": "Measured"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY)

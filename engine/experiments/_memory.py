@@ -1,0 +1,175 @@
+"""What the experiments of the memory lab share: the knobs of a training plan, and what was recorded on a GPU.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from engine.architecture import ModelConfig
+from engine.experiments import ExperimentParams, _lora
+from engine.training_plan import Method, Optimizer, Plan, Weights
+
+ShapeName = Literal["storyteller", "SmolLM2-135M", "1.1 B, Llama-shaped", "Llama 7B", "Llama 3 70B"]
+Trained = Literal["LoRA", "full fine-tuning"]
+
+SHAPES = {shape.name: shape for shape in _lora.SHAPES}
+"""By name."""
+
+_LONGEST = 2**17
+
+
+class PlanParams(ExperimentParams):
+    """What is trained, and how."""
+
+    shape: ShapeName = Field("Llama 7B", title="Shape of the model", description="Dimensions as published.")
+    method: Trained = Field(
+        "LoRA", title="What is trained", description="Adapters beside frozen weights, or all weights."
+    )
+    weights: Weights = Field(
+        "nf4, double quantized",
+        title="Frozen weights are in",
+        description="QLoRA is LoRA beside weights in 4 bits. Double quantized: the scales are in 8 bits as well. "
+        "Weights that are trained themselves stay in bfloat16 unless float32 is chosen.",
+    )
+    rank: int = Field(16, ge=1, le=128, title="Rank", description="R of every adapter.")
+    targets: _lora.Targets = Field("all", title="Adapted matrices", description="Which of a block's have an adapter.")
+    batch: int = Field(2, ge=1, le=256, title="Batch", description="Texts that are computed at once.")
+    length: int = Field(1024, ge=16, le=_LONGEST, title="Length", description="Tokens of each text.")
+    optimizer: Optimizer = Field(
+        "AdamW",
+        title="Optimizer",
+        description="8-bit keeps a byte for each of AdamW's two means. Paged: the state of large tensors may wait in "
+        "the computer's own memory.",
+    )
+    checkpointing: bool = Field(
+        False,
+        title="Gradient checkpointing",
+        description="Keep only each block's input and compute the rest again in the backward pass.",
+    )
+
+    @model_validator(mode="after")
+    def _adapts(self) -> PlanParams:
+        _lora.adapter_parameters(SHAPES[self.shape], self.rank, self.targets)
+        return self
+
+    @property
+    def trainable_weights(self) -> Weights:
+        """The format in which all weights could be trained: float32 if that is chosen, else bfloat16."""
+        return "float32" if self.weights == "float32" else "bfloat16"
+
+    def plan(self, method: Method | None = None, weights: Weights | None = None, *, on_cuda: bool = True) -> Plan:
+        """These settings as a plan, or the same with another method or format of the weights."""
+        method = method or self.method
+        weights = self.trainable_weights if method == "full fine-tuning" else weights or self.weights
+        return Plan(
+            config_of(SHAPES[self.shape]),
+            method,
+            weights,
+            self.rank,
+            _lora.TARGETS[self.targets],
+            self.batch,
+            self.length,
+            self.optimizer,
+            self.checkpointing,
+            on_cuda,
+        )
+
+
+@lru_cache(maxsize=len(SHAPES))
+def config_of(shape: _lora.Shape) -> ModelConfig:
+    """A shape as a decoder's configuration, for texts of any length."""
+    dimensions = dataclasses.asdict(shape)
+    del dimensions["name"]
+    return ModelConfig(tie_embeddings=dimensions.pop("tied"), max_seq_len=_LONGEST, **dimensions)
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few words, e.g. ``"LoRA, nf4, rank 16, AdamW, 2 × 1,024 tokens"``."""
+    words = [plan.method, plan.weights]
+    if plan.method == "LoRA":
+        words.append(f"rank {plan.rank}")
+    words += [plan.optimizer, f"{plan.batch} × {plan.length:,} tokens"]
+    return ", ".join(words + ["checkpointing"] * plan.checkpointing)
+
+
+_RECORDED = Path(__file__).parents[1] / "recorded" / "memory_prediction_h200.json"
+
+
+@dataclass(frozen=True)
+class RecordedRow:
+    """One plan on a GPU.
+
+    Args:
+        row: what it is called.
+        batch, length: of the data.
+        predicted, measured: peak in bytes.
+        when: at which moment the peak was predicted.
+    """
+
+    row: str
+    batch: int
+    length: int
+    predicted: int
+    measured: int
+    when: str
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What tests/benchmarks/memory_prediction.py found on a GPU.
+
+    Args:
+        rows: every plan that was measured.
+        paged: the paged optimizer's run as `memory_paged.Result` says it, as plain values; None if it failed.
+        parameters: of the model.
+        provenance: where, when and with what, in a few words.
+    """
+
+    rows: tuple[RecordedRow, ...]
+    paged: dict[str, Any] | None
+    parameters: int
+    provenance: str
+
+
+@lru_cache(maxsize=1)
+def recorded() -> Recorded | None:
+    """The recording that comes with the engine; None where it is missing."""
+    return read(_RECORDED) if _RECORDED.exists() else None
+
+
+def read(path: Path) -> Recorded:
+    """A file that tests/benchmarks/memory_prediction.py has written; rows that failed are left out."""
+    log = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {log['versions'][name]}" for name in ("torch", "bitsandbytes"))
+    rows = tuple(
+        RecordedRow(
+            entry["row"],
+            entry["batch"],
+            entry["length"],
+            entry["predicted"]["peak"],
+            entry["measured"]["peak"],
+            entry["predicted"]["when"],
+        )
+        for entry in log["rows"]
+        if "error" not in entry
+    )
+    return Recorded(
+        rows,
+        None if "error" in log["paged"] else log["paged"],
+        log["model"]["parameters"],
+        f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {log['recorded']}, {versions}",
+    )

@@ -1,0 +1,114 @@
+"""What is to be trained, how, and on how many tokens at once: what `engine.memory_budget` counts the memory of.
+
+Needs no torch.
+
+Legend: N tokens, T tokens of one text, I inputs, O outputs, R rank, w bytes of a number that is computed with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.architecture import ModelConfig
+from engine.errors import InputError
+
+Method = Literal["full fine-tuning", "LoRA", "generation"]
+Weights = Literal["float32", "bfloat16", "int8", "nf4", "nf4, double quantized"]
+Optimizer = Literal["AdamW", "AdamW 8-bit", "paged AdamW", "paged AdamW 8-bit"]
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, how, and on how many tokens at once.
+
+    Args:
+        config: the model's shape.
+        method: train all weights, or adapters beside frozen ones; or generate, which trains nothing.
+        weights: the format of the (frozen) matrices. All but float32 compute in bfloat16.
+        rank: R of the adapters.
+        targets: names of the projections that are adapted.
+        batch: texts at once.
+        length: T, tokens of a text.
+        optimizer: PyTorch's fused AdamW, whose state has the trained numbers' dtype, or bitsandbytes': in 8 bits with
+            a float32 scale for 256 numbers, or paged, whose state of large tensors may leave the card.
+        checkpointing: keep only the blocks' inputs and compute each block again in the backward pass.
+        on_cuda: else the CPU, whose RMSNorm is not fused and keeps more, and which needs no workspace.
+
+    Raises:
+        InputError: all weights are to be trained in a format that cannot be.
+    """
+
+    config: ModelConfig
+    method: Method = "LoRA"
+    weights: Weights = "bfloat16"
+    rank: int = 16
+    targets: tuple[str, ...] = ALL_PROJECTIONS
+    batch: int = 1
+    length: int = 1024
+    optimizer: Optimizer = "AdamW"
+    checkpointing: bool = False
+    on_cuda: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method == "full fine-tuning" and self.is_quantized:
+            raise InputError(
+                f"Weights in {self.weights} cannot be trained, only adapters beside them: choose float32 or bfloat16."
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrices are in fewer bits than they are computed with."""
+        return self.weights not in ("float32", "bfloat16")
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.batch * self.length
+
+    @property
+    def width(self) -> int:
+        """w, bytes of an activation."""
+        return 4 if self.weights == "float32" else 2
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether every weight is trained."""
+        return self.method == "full fine-tuning"
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(I, O) of a block's seven matrices, by name."""
+        config = self.config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return {
+            "q_proj": (config.d_model, queries),
+            "k_proj": (config.d_model, keys),
+            "v_proj": (config.d_model, keys),
+            "o_proj": (queries, config.d_model),
+            "gate_proj": (config.d_model, config.ffn_dim),
+            "up_proj": (config.d_model, config.ffn_dim),
+            "down_proj": (config.ffn_dim, config.d_model),
+        }
+
+    def adapted(self) -> dict[str, tuple[int, int]]:
+        """Those of them that have an adapter."""
+        chosen = self.targets if self.method == "LoRA" else ()
+        return {name: sides for name, sides in self.projections().items() if name in chosen}
+
+    def matrices(self) -> Counter[int]:
+        """Of the linear layers that can be quantized, every block's and a head of its own: how many of which size."""
+        config = self.config
+        sizes = Counter(inputs * outputs for inputs, outputs in self.projections().values())
+        of_blocks = Counter({size: config.num_layers * count for size, count in sizes.items()})
+        return of_blocks if config.tie_embeddings else of_blocks + Counter([config.vocab_size * config.d_model])
+
+    def trained(self) -> Counter[int]:
+        """Of the tensors that are trained: how many of which size."""
+        config = self.config
+        if self.trains_everything:
+            norms = Counter({config.d_model: 2 * config.num_layers + 1})
+            return self.matrices() + Counter([config.vocab_size * config.d_model]) + norms
+        sizes = Counter(self.rank * side for sides in self.adapted().values() for side in sides)
+        return Counter({size: config.num_layers * count for size, count in sizes.items()})

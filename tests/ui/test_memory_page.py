@@ -1,0 +1,177 @@
+"""The memory lab in Streamlit's own test harness, on the real runtime, with a small shape built."""
+
+import json
+
+import pytest
+
+from engine.experiments import memory
+from tests.ui.lab_pages import finished, words
+from ui.labs import MEMORY
+from ui.memory import measured, paged
+from ui.memory.explore import VIEWS
+
+SMALL = {"batch": 1, "length": "128", "weights": "16 bits"}
+
+
+@pytest.fixture
+def lab(open_page, monkeypatch, tmp_path):
+    """Opens the lab, as a browser with this query string would."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    return lambda **query: open_page(MEMORY, query)
+
+
+def spec(app, key):
+    return json.loads(app.get_by_key(key).proto.spec)
+
+
+def drawn(app, key="memory_stacks"):
+    return {trace["name"]: trace["x"] for trace in spec(app, key)["data"]}
+
+
+def numbers(app):
+    return {metric.label: metric.value.replace("\u00a0", " ") for metric in app.metric}
+
+
+def test_it_is_drawn_before_anything_runs(lab):
+    app = lab()
+    assert numbers(app)["QLoRA on 24 GB"] == "fits"
+    found = memory.compute(memory.Params())
+    assert drawn(app)["activations"] == pytest.approx(
+        [way.peak.parts.get("activations", 0) / 1e9 for way in found.ways]
+    )
+    assert found.sentence in words(app)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("shape", "Llama 3 70B", "selectbox"),
+        ("weights", "int8", "selectbox"),
+        ("batch", 8, "slider"),
+        ("length", 4096, "selectbox"),
+        ("checkpointing", True, "toggle"),
+        ("rank", 64, "slider"),
+        ("optimizer", "AdamW 8-bit", "selectbox"),
+        ("targets", "attention", "selectbox"),
+    ],
+)
+def test_every_control_changes_the_bars(lab, key, value, kind):
+    app = lab()
+    before = drawn(app)
+    getattr(app, kind)(key=f"memory_{key}").set_value(value)
+    assert drawn(finished(app)) != before
+
+
+def test_the_card_moves_its_line_and_the_verdict(lab):
+    app = lab(card=24)
+    line = spec(app, "memory_stacks")["layout"]["shapes"][0]["x0"]
+    app.slider(key="memory_card").set_value(8)
+    finished(app)
+    assert (line, spec(app, "memory_stacks")["layout"]["shapes"][0]["x0"]) == (24, 8)
+    assert numbers(app)["QLoRA on 8 GB"] == "does not fit"
+
+
+def test_full_fine_tuning_of_few_bits_is_counted_in_16_and_said(lab):
+    app = lab(method="full fine-tuning")
+    assert "Full fine-tuning on 24 GB" in numbers(app)
+    assert "counted in 16 bits" in words(app)
+
+
+def test_the_settings_of_the_places_to_begin(lab):
+    for start in MEMORY.starts:
+        app = lab(**start.settings)
+        assert not app.warning
+        for name, value in start.settings.items():
+            assert str(app.session_state[f"memory_{name}"]).lower() == value.lower()
+
+
+def test_every_moment_of_a_step_is_drawn_and_the_peak_named(lab):
+    app = lab(view="Through a step")
+    moments = memory.compute(memory.Params()).moments
+    labels = [annotation["text"] for annotation in spec(app, "memory_moments")["layout"]["annotations"]]
+    assert [label for label in labels if label.startswith("<b>")] == ["<b>The gradient of the loss</b>"]
+    assert len(drawn(app, "memory_moments")["weights"]) == len(moments) == 7
+    assert "most is held at the gradient of the loss" in words(app)
+
+
+def test_what_never_fits_has_no_line(lab):
+    app = lab(view="What fits", card=24)
+    assert "Full fine-tuning" not in drawn(app, "memory_rooms")
+    assert "Not one text of 128 tokens fits with full fine-tuning" in words(app)
+    app.slider(key="memory_card").set_value(141)
+    assert "Full fine-tuning" in drawn(finished(app), "memory_rooms")
+
+
+def test_a_plan_is_built_and_weighed_when_asked_for(lab):
+    app = lab(view="Measured", **SMALL)
+    assert not app.get("progress")
+    app.button(key="_memory_measure_button").click()
+    finished(app)
+    assert "storyteller: LoRA, bfloat16, rank 16, AdamW, 1 × 128 tokens" in words(app)
+    assert "Predicted" in words(app)
+    predicted, found = drawn(app, "memory_pairs")["predicted"], drawn(app, "memory_pairs")["measured"]
+    assert found == pytest.approx(predicted, rel=0.05)
+
+
+def test_what_does_not_fit_this_device_is_refused_with_a_sentence(lab):
+    app = lab(view="Measured", build="Llama 3 70B")
+    app.button(key="_memory_measure_button").click()
+    finished(app)
+    assert any("needs about" in warning.value for warning in app.warning)
+
+
+def test_the_recorded_peaks_are_told_with_their_errors(lab):
+    app = lab(view="Measured")
+    assert "On an H200, recorded" in words(app)
+    (table,) = app.dataframe
+    assert {"plan", "batch × tokens", "predicted", "measured", "error"} == set(table.value.columns)
+    assert all(abs(float(error.rstrip("%"))) < 10 for error in table.value["error"])
+
+
+def test_the_paged_run_says_that_nothing_runs_out_without_a_gpu(lab):
+    app = lab(view="Paged optimizer")
+    app.button(key="_memory_paged_button").click()
+    finished(app)
+    assert "Nothing runs out here" in words(app)
+
+
+def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch):
+    attempt = {"message": "", "peak_bytes": 3 * 10**9, "losses": [1.0], "seconds": 0.5}
+    run = {
+        "attempts": [
+            {"optimizer": "AdamW", "completed": False, "paged_bytes": 0, **attempt},
+            {"optimizer": "paged AdamW", "completed": True, "paged_bytes": 2 * 10**9, **attempt},
+        ],
+        "weight_bytes": 10**9,
+        "limit_bytes": 3 * 10**9,
+        "sentence": "Plain AdamW ran out of memory.",
+    }
+    found = paged._memory.Recorded((), run, 10**9, "recorded on an H200")
+    for view in (paged, measured):
+        monkeypatch.setattr(view._memory, "recorded", lambda: found)
+    app = lab(view="Paged optimizer")
+    shapes = spec(app, "memory_paged_recorded")["layout"]["shapes"]
+    assert shapes[0]["x0"] == 3
+    assert drawn(app, "memory_paged_recorded")["optimizer state"] == [2, 0]
+    assert "Plain AdamW ran out of memory." in words(app)
+
+
+def test_guesses_are_judged(lab):
+    assert "Right: activations" in words(lab(tab="Predict", part="activations"))
+    assert "It is activations" in words(lab(tab="Predict", part="weights"))
+    assert "Well guessed: 15.2 GB" in words(lab(tab="Predict", size="16 GB", size_shown=True))
+    assert "times less than you said" in words(lab(tab="Predict", size="1024 GB", size_shown=True))
+    assert "15.2 GB" not in words(lab(tab="Predict"))
+
+
+def test_code_and_tests(lab):
+    assert "class MeasuredStep" not in words(lab(tab="Code"))
+    assert "saved_by_block" in words(lab(tab="Code"))
+    assert "properties hold on these settings" in words(lab(tab="Tests", **SMALL))
+
+
+def test_every_view_has_a_name_and_a_figure_or_a_button(lab):
+    assert list(VIEWS) == ["Budget", "Through a step", "What fits", "Measured", "Paged optimizer"]
+    for view in VIEWS:
+        app = lab(view=view)
+        assert app.get("plotly_chart") or [button for button in app.button if not button.key.startswith("_cancel")]

@@ -1,0 +1,144 @@
+"""The Measured view: a plan carried out on this device, what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from engine.experiments import _lora, _memory, memory, memory_measure
+from engine.memory_budget import budget
+from ui import chart, export, run, theme
+from ui.charts import memory as charts
+from ui.charts.memory import Pair, amount
+from ui.memory.settings import PREFIX
+from ui.prose import plain
+
+_HEIGHT = 520
+_RUN = f"{PREFIX}_measure"
+_SHAPE = f"{PREFIX}_build"
+_STARTED = f"_{PREFIX}_measured"
+_OTHER_SCRIPT = {"full, Decoder": "full fine-tuning", "ours, Decoder": "LoRA"}
+
+
+def measured(params: memory.Params) -> None:
+    """A button that builds and weighs; below it what was recorded on a GPU."""
+    left, right = st.columns([2, 1], vertical_alignment="bottom")
+    shape = left.selectbox(
+        "Shape to build here",
+        list(_memory.SHAPES),
+        key=_SHAPE,
+        bind="query-params",
+        help="Built with random weights and trained for a few steps; all other settings are those beside this.",
+    )
+    asked = memory_measure.Params(**(params.model_dump(exclude={"card"}) | {"shape": shape}))
+    running = run.is_running(_RUN)
+    right.button(
+        "Measuring…" if running else "Build and measure",
+        key=f"_{PREFIX}_measure_button",
+        type="primary",
+        icon=":material/scale:",
+        width="stretch",
+        disabled=running,
+        on_click=_start,
+        args=(asked,),
+    )
+    predicted = budget(asked.plan())
+    st.caption(
+        plain(
+            f"{_memory.describe(asked.plan())}: {amount(predicted.peak.total)} are predicted for a GPU. Four steps are "
+            "taken; what does not fit this device is refused."
+        )
+    )
+    started = st.session_state.get(_STARTED)
+    if started is not None:
+        found = run.run("memory_measure", started, key=_RUN)
+        if found is not None:
+            _show(found, run.params_of(_RUN) or started)
+    st.divider()
+    _recorded()
+
+
+def _start(params: memory_measure.Params) -> None:
+    st.session_state[_STARTED] = params
+    run.ask_again(_RUN)
+
+
+def _show(found: memory_measure.Result, params: memory_measure.Params) -> None:
+    rows = [row for row in found.rows if row.predicted or row.measured]
+    fig = charts.pairs([Pair(row.name, row.predicted, row.measured) for row in rows], mode=theme.mode())
+    key = f"{PREFIX}_pairs"
+    st.markdown(f"**{plain(found.plan)}**")
+    chart.figure(fig, key=key, sentence=found.sentence, height=_HEIGHT)
+    export.export(
+        fig,
+        key=key,
+        name="memory-measured",
+        experiment="memory_measure",
+        params=params,
+        data=lambda: pd.DataFrame(
+            [{"part": row.name, "predicted": row.predicted, "measured": row.measured} for row in found.rows]
+        ),
+    )
+    st.table(_errors(rows), border="horizontal")
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    st.caption(
+        plain(
+            f"Measured on {found.device}: {found.how}. The peak was predicted for {found.when}. "
+            f"{found.seconds:.0f} s in all, loss {found.loss:.2f}; {versions}."
+        )
+    )
+
+
+def _errors(rows: list[memory_measure.Compared]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            row.name: {
+                "predicted": amount(row.predicted),
+                "measured": "—" if row.measured is None else amount(row.measured),
+                "error": "—" if row.error is None else f"{100 * row.error:+.2f}%",
+            }
+            for row in rows
+        }
+    ).T
+
+
+def _recorded() -> None:
+    """The same on a GPU, as it was recorded: the model of 1.1 billion parameters."""
+    st.markdown("**On an H200, recorded**")
+    found, rows = _memory.recorded(), []
+    if found is not None:
+        rows = [_row(entry.row, entry.batch, entry.length, entry.predicted, entry.measured) for entry in found.rows]
+    steps = _lora.recorded_steps()
+    if steps is not None:
+        shape = next(shape for shape in _lora.SHAPES if shape.name == "1.1 B, Llama-shaped")
+        for way, method in _OTHER_SCRIPT.items():
+            settings = memory.Params(shape=shape.name, method=method, weights="bfloat16", batch=4, length=1024)
+            predicted = budget(settings.plan()).peak.total
+            name = f"{method}, from the LoRA lab's recording"
+            rows.append(_row(name, 4, 1024, predicted, round(steps.latest[way].peak_bytes)))
+    if not rows:
+        st.info("The recordings are not there: engine/recorded is missing from this installation.")
+        return
+    worst = max(rows, key=lambda row: abs(row["error"]))
+    st.dataframe(
+        pd.DataFrame([row | {"error": f"{100 * row['error']:+.2f}%"} for row in rows]), hide_index=True, width="stretch"
+    )
+    where = "; ".join(text.provenance for text in (found, steps) if text is not None)
+    st.caption(
+        plain(
+            f"A Llama-shaped model of 1.1 billion parameters in bfloat16, or with frozen weights in 4 or 8 bits where "
+            f"the plan says so. The prediction lies {abs(worst['error']):.2%} off at worst, for {worst['plan']} at "
+            f"{worst['batch × tokens']}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
+            "tests/benchmarks/memory_prediction.py measures it again."
+        )
+    )
+
+
+def _row(name: str, batch: int, length: int, predicted: int, measured_bytes: int) -> dict[str, object]:
+    return {
+        "plan": name,
+        "batch × tokens": f"{batch} × {length:,}",
+        "predicted": amount(predicted),
+        "measured": amount(measured_bytes),
+        "error": predicted / measured_bytes - 1,
+    }
