@@ -1,4 +1,5 @@
-"""For every test: threads that wait must not spin, and a page under test must not stay the main module.
+"""For every test: threads that wait must not spin, a page under test must not stay the main module, and what is marked
+`gpu` is skipped where there is none.
 
 No test reaches the Hugging Face Hub, so that they say the same with a network and without one.
 """
@@ -18,3 +19,11 @@ def _own_main_module():
     main = sys.modules["__main__"]
     yield
     sys.modules["__main__"] = main
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch  # not before: some tests are about processes that never load it
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")

@@ -392,7 +392,6 @@ def test_what_is_kept_of_a_model_does_not_keep_the_model():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_gpu_shows_what_the_cpu_shows(kind, tmp_path):
     folder = str(save(tmp_path / kind, kind))

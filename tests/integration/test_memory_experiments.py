@@ -126,7 +126,6 @@ def test_without_a_gpu_both_optimizers_complete_and_the_result_says_why(large_ba
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_plain_runs_out_where_paged_completes_and_the_limit_is_lifted():
     before = torch.cuda.get_per_process_memory_fraction()
     found = memory_paged.run(memory_paged.Params(), LocalJob("cuda:0"))

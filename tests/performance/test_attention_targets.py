@@ -27,7 +27,6 @@ def test_memory_stays_below_100_mb(length):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("length", [128, 512, 1024])
 def test_a_gpu_takes_at_most_10_ms_and_100_mb(length):
     run = forward(length, "cuda")

@@ -332,7 +332,6 @@ def test_printing_a_layer_names_its_settings():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_agrees_with_cpu(dtype):
     torch.manual_seed(0)

@@ -87,7 +87,6 @@ def test_two_users_do_not_share_a_file(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_waits_for_the_device_and_counts_its_bytes():
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     evidence = measure_time(lambda: x @ x, "cuda", dtype=x.dtype, shape="8192³ product")

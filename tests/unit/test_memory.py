@@ -57,7 +57,6 @@ def test_weights_and_runs_are_refused_by_the_same_limit(room):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_the_allocator_keeps_in_reserve_is_free_and_the_hosts_limit_is_not_the_gpus(room):
     before = memory.free("cuda:0")
     block = torch.empty(256 * MIB, device="cuda", dtype=torch.uint8)

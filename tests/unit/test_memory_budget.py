@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from engine.architecture import ModelConfig
 from engine.errors import InputError
@@ -190,7 +189,6 @@ def test_it_needs_no_torch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("method", "weights"), [(FULL, "bfloat16"), (LORA, "bfloat16"), (LORA, "nf4")])
 def test_on_a_gpu(method, weights, checkpointing):

@@ -9,8 +9,6 @@ from torch import nn
 
 from engine import PagedAdamW, create_large_test_model, optim, simulate_training_step
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 class TestOnTheCPU:
     @pytest.mark.parametrize("seed", range(3))
@@ -71,7 +69,6 @@ class TestOnTheCPU:
         assert "_step" not in [entry.name for entry in raised.traceback]
 
 
-@needs_gpu
 @pytest.mark.gpu
 class TestOnCUDA:
     @pytest.mark.parametrize("large_batch", [False, True])
@@ -104,4 +101,4 @@ class TestOnCUDA:
             weights.append(weight.detach())
         assert (weights[0] - start.cuda()).abs().mean() > lr
         decayed_later = len(gradients) * lr**2 * weight_decay * 4  # of an update of some lr, rarely of more than 4 lr
-        torch.testing.assert_close(weights[0], weights[1], atol=1e-6 + decayed_later, rtol=1e-6)
+        torch.testing.assert_close(weights[0], weights[1], atol=1e-3 * lr + decayed_later, rtol=1e-6)
