@@ -6,7 +6,6 @@ Legend: I inputs, O outputs, R rank; W (O, I) frozen, A (I, R), B (R, O), s scal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +14,16 @@ from torch.nn import functional as F
 
 from engine.errors import InputError
 from engine.lora.layer import LoRALayer, ScalingRule, standard_scaling
-from engine.lora.product import AdaptedWeight, adapted_linear, adapted_linears
+from engine.lora.product import (
+    AdaptedWeight,
+    PackedWeight,
+    adapted_linear,
+    adapted_linears,
+    product_dtype,
+    without_autocast,
+)
 from engine.model import has_hooks
+from engine.quantization.production import StoredWeight
 
 Start = Callable[["LoRALinear"], None]
 """Gives a fresh adapted layer its first A and B, and with them its first frozen weight."""
@@ -25,9 +32,9 @@ Start = Callable[["LoRALinear"], None]
 class LoRALinear(nn.Module):
     """x·Wᵀ + b + s·drop(x)·A·B around a linear layer that is frozen and kept as ``base``.
 
-    Where `base` is exactly an `nn.Linear` that stays frozen, nothing is dropped and no part has hooks, one function
-    computes the sum (`engine.lora.product`). Any other base, a quantized one say, computes its own product, and the
-    update is added.
+    Where `base` is exactly an `nn.Linear`, or bitsandbytes' `Linear4bit` (QLoRA), that stays frozen, nothing is dropped
+    and no part has hooks or a `forward` of its own, one function computes the sum (`engine.lora.product`). Any other
+    base, one in 8 bits say, computes its own product, and the update is added.
 
     The state (`state_dict`) is that of the unmerged layer, merged or not; loading one into a merged layer unmerges it.
 
@@ -114,8 +121,10 @@ class LoRALinear(nn.Module):
     @staticmethod
     def together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """What each of several layers makes of the same x, in one function where all of them can be part of it."""
-        if all(type(layer) is LoRALinear and not layer.merged and layer._is_fusible() for layer in layers):
-            return adapted_linears(x, [layer._operands(layer.bias) for layer in layers])
+        if all(type(layer) is LoRALinear and not layer.merged for layer in layers):
+            operands = [layer._operands(x, layer.bias) for layer in layers]
+            if all(operands):
+                return adapted_linears(x, operands)
         return tuple(layer(x) for layer in layers)
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -124,8 +133,8 @@ class LoRALinear(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + s·drop(x)·A·B + `bias`, which is `base`'s own or None."""
-        if self._is_fusible():
-            return adapted_linear(x, *self._operands(bias))
+        if operands := self._operands(x, bias):
+            return adapted_linear(x, *operands)
         if bias is self.base.bias:
             y = self.base(x)  # (…, O)
         elif has_hooks(self.base):
@@ -140,16 +149,23 @@ class LoRALinear(nn.Module):
             return self.adapter(x)
         return self.adapter.scaling * (x @ self.adapter.A.to(x.dtype) @ self.adapter.B.to(x.dtype))
 
-    def _is_fusible(self) -> bool:
-        """Whether one function can compute all: `base` is plain and frozen, nothing is dropped, nobody watches."""
+    def _operands(self, x: Tensor, bias: Tensor | None) -> AdaptedWeight | None:
+        """What one function needs to compute all; None unless `base` is frozen, nothing is dropped, nobody watches."""
         W, b = self.base.weight, self.base.bias
         learning = W.requires_grad or (b is not None and b.requires_grad)
         dropping = self.training and self.dropout.p > 0
         watched = any(map(has_hooks, (self.base, self.adapter, self.dropout)))
-        return type(self.base) is nn.Linear and not learning and not dropping and not watched
+        weight = None if learning or dropping or watched else self._known_weight(x)
+        if weight is None:
+            return None
+        return AdaptedWeight(weight, bias, self.adapter.A, self.adapter.B, self.adapter.scaling)
 
-    def _operands(self, bias: Tensor | None) -> AdaptedWeight:
-        return AdaptedWeight(self.base.weight, bias, self.adapter.A, self.adapter.B, self.adapter.scaling)
+    def _known_weight(self, x: Tensor) -> Tensor | PackedWeight | None:
+        """W as `adapted_linears` takes it; None if `base` may do anything else than multiply with it."""
+        if type(self.base) is nn.Linear:
+            return self.base.weight
+        stored = StoredWeight.of(self.base)
+        return stored if stored and self.base.compute_dtype in (None, product_dtype(x)) else None
 
     def _replace_weight(self, weight: Tensor) -> None:
         """Give `base` another W, (O, I); whoever shares the old one, an embedding say, keeps it."""
@@ -165,12 +181,22 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor) -> None:
-        """Set A and B and take s·(A·B)ᵀ out of the given weight, so that the layer gives what it was given to give."""
-        original = self.original_weight()
+        """Set A and B and take s·(A·B)ᵀ out of the given weight, so that the layer gives what it was given to give.
+
+        Raises:
+            InputError: A, B or what is left of the weight is too large for its dtype; nothing has changed then.
+        """
+        A, B = A.to(self.adapter.A), B.to(self.adapter.B)  # the weight makes up for their rounding
+        rest = (self.original_weight() - self._product_of(A, B)).to(self.base.weight.dtype)
+        if not all(part.isfinite().all() for part in (A, B, rest)):
+            raise InputError(
+                f"The adapter cannot start inside the weight, its values are too large for {A.dtype} or {rest.dtype}: "
+                "give it float32 adapters, or a larger alpha."
+            )
         self.adapter.A.copy_(A)
         self.adapter.B.copy_(B)
-        self.start_A, self.start_B = self.adapter.A.detach().clone(), self.adapter.B.detach().clone()
-        self._replace_weight(original - self._product_of(self.start_A, self.start_B))
+        self.start_A, self.start_B = A.detach().clone(), B.detach().clone()
+        self._replace_weight(rest)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A' (I, R') and B' (R', O) with s·A'·B' the change from the layer as it was given, transposed.
@@ -196,7 +222,7 @@ class LoRALinear(nn.Module):
 
     def _product_of(self, A: Tensor, B: Tensor) -> Tensor:
         precise = torch.promote_types(A.dtype, torch.float32)
-        with _without_autocast(A):
+        with without_autocast(A):
             return self.adapter.scaling * (A.to(precise) @ B.to(precise)).T
 
     def merge(self) -> None:
@@ -237,7 +263,8 @@ class DoRALinear(LoRALinear):
     """m ⊙ (x·W'ᵀ) / ‖W'‖ + b with W' = W + s·(A·B)ᵀ: direction and magnitude of each output's weights apart (DoRA).
 
     m (O,) is learned and starts at ‖W'‖, the norms of the rows of W', so that the layer starts as it was given. It is
-    kept in at least float32, since small steps would not move a bfloat16 number. The gradient takes ‖W'‖ for a
+    kept in at least float32, since small steps would not move a bfloat16 number, and so is its ratio to ‖W'‖ until it
+    has been multiplied with: outputs in bfloat16 are in float32 for that while. The gradient takes ‖W'‖ for a
     constant, as in section 4.3 of the paper. The norms come from the small factors:
     ‖W'_o‖² = ‖W_o‖² + 2s·(W·A)_o·B_o + s²·B_oᵀ·(AᵀA)·B_o, and W' is never made. Where the update takes W_o away, what
     is left of the sum is rounding: it counts as no less than ε·‖W_o‖², ε that of W's dtype.
@@ -266,7 +293,7 @@ class DoRALinear(LoRALinear):
     def adapted(self, x: Tensor) -> Tensor:
         """What `forward` gives while the update is not merged."""
         y = self._product(x, None)  # (…, O)
-        y = y * (self.magnitude / self._row_norms()).to(y.dtype)
+        y = (y * (self.magnitude / self._row_norms())).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -274,7 +301,7 @@ class DoRALinear(LoRALinear):
         """‖W'_o‖ of every output, (O,), at least float32."""
         W, s = self.frozen_weight, self.adapter.scaling
         precise = torch.promote_types(self.adapter.A.dtype, torch.float32)
-        with _without_autocast(W):
+        with without_autocast(W):
             A, B = self.adapter.A.to(precise), self.adapter.B.to(precise)
             WA = (W @ self.adapter.A.to(W.dtype)).to(precise)  # (O, R)
             frozen = torch.linalg.vector_norm(W, dim=1, dtype=precise).square()
@@ -303,11 +330,6 @@ def _store_unmerged(layer: LoRALinear, state: dict[str, Any], prefix: str, _meta
 
 def _unmerge_before_loading(layer: LoRALinear, *_arguments: Any) -> None:
     layer.unmerge()  # or what is loaded would be lost when the weight from before the merge comes back
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    device = tensor.device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def pissa_start(layer: LoRALinear) -> None:

@@ -10,7 +10,8 @@ Legend: N rows of x (all but its last dimension), I inputs, O outputs, R rank; W
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +19,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+class PackedWeight(Protocol):
+    """A weight that is kept in few bits, `engine.quantization.production.StoredWeight` say."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W, (O, I), without a gradient."""
+
+
 class AdaptedWeight(NamedTuple):
     """A frozen linear map and its low-rank update.
 
     Args:
-        weight: W, (O, I).
+        weight: W, (O, I), as it is or packed.
         bias: b, (O,), or None.
         A: (I, R), in any floating dtype.
         B: (R, O), likewise.
         scaling: s.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     A: Tensor
     B: Tensor
@@ -43,7 +51,9 @@ def adapted_linear_reference(
     return F.linear(x, weight, bias) + scaling * (x @ A @ B)
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def adapted_linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
     """x·Wᵀ + b + s·(x·A)·B for a frozen W and b, (…, I) → (…, O): `adapted_linears` of one."""
     return adapted_linears(x, [AdaptedWeight(weight, bias, A, B, scaling)])[0]
 
@@ -63,6 +73,9 @@ def adapted_linears(x: Tensor, adapted: Sequence[AdaptedWeight]) -> tuple[Tensor
     Computes in x's dtype, or in autocast's where that is on. A and B are cast to it once, for forward and backward
     (they are small); W only if it must be. W and b get no gradient; there is no second derivative.
 
+    A packed W is dequantized when it is needed and given up at once, in the forward pass and again in the backward
+    pass: at no time are there two of them, and what is kept for the backward pass is the packed one.
+
     Args:
         x: (…, I), contiguous or not.
         adapted: one or more, all with I inputs; O, R and s may differ.
@@ -75,16 +88,27 @@ def adapted_linears(x: Tensor, adapted: Sequence[AdaptedWeight]) -> tuple[Tensor
 
     Source: Hu et al. 2021, equation 3, https://arxiv.org/abs/2106.09685.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
     weights, biases, As, Bs, scalings = zip(*adapted, strict=True)
-    return _AdaptedLinears.apply(x, scalings, *weights, *biases, *As, *Bs)
+    return _AdaptedLinears.apply(x.to(product_dtype(x)), scalings, *weights, *biases, *As, *Bs)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What `adapted_linears` computes in: x's dtype, or autocast's where that is on."""
+    device = x.device.type
+    casting = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casting else x.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context in which operations on `tensor`'s device compute in the dtypes that they are given."""
+    device = tensor.device.type
+    casting = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if casting else nullcontext()
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *operands: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *operands: Any) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = _in_groups(operands, len(scalings))
         ctx.scalings, ctx.ranks = scalings, [A.shape[1] for A in As]
         ctx.dtypes = [factor.dtype for factor in (*As, *Bs)]
@@ -94,41 +118,53 @@ class _AdaptedLinears(torch.autograd.Function):
         u = rows @ A  # (N, ΣR)
         outputs = []
         for weight, bias, B, s, u_own in zip(weights, biases, Bs, scalings, u.split(ctx.ranks, dim=1), strict=True):
-            y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
+            y = F.linear(rows, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
             outputs.append(_add_product(y, u_own, B, s).view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(x, u, A, *weights, *Bs)
+        ctx.packed = [None if isinstance(weight, Tensor) else weight for weight in weights]
+        saved = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(x, u, A, *saved, *Bs)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, A, *others = ctx.saved_tensors
-        count, ranks = len(gradients), ctx.ranks
-        weights, Bs = _in_groups(others, count)
-        x_wanted, _, *wanted = ctx.needs_input_grad
-        _, _, As_wanted, Bs_wanted = _in_groups(wanted, count)
-        gs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # (N, O) each
-        v = torch.empty_like(u)  # (N, ΣR)
-        for v_own, g, B, s in zip(v.split(ranks, dim=1), gs, Bs, ctx.scalings, strict=True):
-            v_own.addmm_(g, B.t(), beta=0, alpha=s)
-        of_x, of_As, of_Bs = None, [None] * count, [None] * count
-        dtypes_A, dtypes_B = _in_groups(ctx.dtypes, count)
-        if x_wanted:
-            of_x = gs[0] @ weights[0].to(x.dtype)  # (N, I)
-            for g, weight in zip(gs[1:], weights[1:], strict=True):
-                of_x = _add_product(of_x, g, weight.to(x.dtype))
-            of_x = _add_product(of_x, v, A.t()).view(x.shape)
-        if any(As_wanted):
-            of_A = x.reshape(-1, x.shape[-1]).t() @ v  # (I, ΣR)
-            of_As = [own.to(dtype) for own, dtype in zip(of_A.split(ranks, dim=1), dtypes_A, strict=True)]
-        if any(Bs_wanted):  # beta = 0: the first argument is not read, it only gives the shape
-            each = zip(Bs, u.split(ranks, dim=1), gs, ctx.scalings, dtypes_B, strict=True)
-            of_Bs = [torch.addmm(B, u_own.t(), g, beta=0, alpha=s).to(dtype) for B, u_own, g, s, dtype in each]
-        return of_x, None, *(None,) * 2 * count, *of_As, *of_Bs
+        with without_autocast(gradients[0]):  # what forward has cast is not to be cast again
+            return _gradients(ctx, gradients)
+
+
+def _gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    x, u, A, *others = ctx.saved_tensors
+    count, ranks = len(gradients), ctx.ranks
+    saved, Bs = _in_groups(others, count)
+    weights = [packed or weight for packed, weight in zip(ctx.packed, saved, strict=True)]
+    x_wanted, _, *wanted = ctx.needs_input_grad
+    _, _, As_wanted, Bs_wanted = _in_groups(wanted, count)
+    gs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # (N, O) each
+    v = torch.empty_like(u)  # (N, ΣR)
+    for v_own, g, B, s in zip(v.split(ranks, dim=1), gs, Bs, ctx.scalings, strict=True):
+        v_own.addmm_(g, B.t(), beta=0, alpha=s)
+    of_x, of_As, of_Bs = None, [None] * count, [None] * count
+    dtypes_A, dtypes_B = _in_groups(ctx.dtypes, count)
+    if x_wanted:
+        of_x = gs[0] @ _dense(weights[0], x.dtype)  # (N, I)
+        for g, weight in zip(gs[1:], weights[1:], strict=True):
+            of_x = _add_product(of_x, g, _dense(weight, x.dtype))
+        of_x = _add_product(of_x, v, A.t()).view(x.shape)
+    if any(As_wanted):
+        of_A = x.reshape(-1, x.shape[-1]).t() @ v  # (I, ΣR)
+        of_As = [own.to(dtype) for own, dtype in zip(of_A.split(ranks, dim=1), dtypes_A, strict=True)]
+    if any(Bs_wanted):  # beta = 0: the first argument is not read, it only gives the shape
+        each = zip(Bs, u.split(ranks, dim=1), gs, ctx.scalings, dtypes_B, strict=True)
+        of_Bs = [torch.addmm(B, u_own.t(), g, beta=0, alpha=s).to(dtype) for B, u_own, g, s, dtype in each]
+    return of_x, None, *(None,) * 2 * count, *of_As, *of_Bs
 
 
 def _in_groups(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _dense(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:

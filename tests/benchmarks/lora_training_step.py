@@ -1,6 +1,6 @@
 """What one training step costs: everything trained, PEFT's LoRA, ours; eager and compiled, in one process.
 
-    python tests/benchmarks/lora_training_step.py [--device cuda] [--small] [--rows ours …]
+    python -m tests.benchmarks.lora_training_step [--device cuda] [--small] [--rows ours …]
         [--json FILE --note TEXT]
 
 A Llama of 1.1 billion random parameters (transformers' own code with PyTorch's fused attention under PEFT and ours
@@ -15,131 +15,15 @@ the same run gives when it is repeated, and when A is drawn from another seed.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import gc
-import importlib.metadata
-import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 from engine import llama
-from engine.architecture import ModelConfig
 from engine.lora.injection import PROJECTIONS, inject_lora
-from engine.measure import Evidence, device_name, measure_time, peak_memory
-
-TIMED_STEPS = 25
-LOSS_STEPS = 50
-PROFILED_STEPS = 3
-LEARNING_RATE = 1e-3
-ALPHA = 32
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is trained on what.
-
-    Args:
-        config: of the model.
-        batch, length: of the data.
-        rank: R.
-        product: side of the square product whose speed sets the floor.
-    """
-
-    config: dict[str, int]
-    batch: int
-    length: int
-    rank: int
-    product: int
-
-
-LARGE = Size(
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    batch=4,
-    length=1024,
-    rank=16,
-    product=8192,
-)
-SMALL = Size(
-    {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 320,
-    },
-    batch=2,
-    length=32,
-    rank=4,
-    product=256,
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way of training.
-
-    Args:
-        build: makes the model, from a size, a device and a seed of the adapters.
-        compiled: whether the forward pass and the loss go through `torch.compile`, as one.
-        fused: AdamW in one kernel, else PyTorch's default.
-        steps: whether the optimizer takes a step; `frozen` has nothing to train.
-    """
-
-    build: Callable[[Size, str, int], nn.Module]
-    compiled: bool = False
-    fused: bool = True
-    steps: bool = True
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What was measured of one row.
-
-    Args:
-        row: its name.
-        evidence: of the time of one step.
-        peak_mb: memory at the step's peak, weights and optimizer state included, in MB of 10^6 bytes.
-        trainable: parameters that are trained.
-        first_step_s: seconds of the first step, in which compilation falls.
-    """
-
-    row: str
-    evidence: Evidence
-    peak_mb: float
-    trainable: int
-    first_step_s: float
-
-
-def base(size: Size, device: str) -> LlamaForCausalLM:
-    """The same random model every time, in bfloat16."""
-    config = LlamaConfig(**size.config, max_position_embeddings=2048, attn_implementation="sdpa", use_cache=False)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    torch.manual_seed(0)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).train()
-    finally:
-        torch.set_default_dtype(before)
+from tests.benchmarks.training_step import ALPHA, Benchmark, Row, Size, base, default_adamw, run
 
 
 def everything(size: Size, device: str, seed: int) -> nn.Module:
@@ -180,22 +64,30 @@ def decoder(size: Size, device: str, seed: int) -> nn.Module:
     return llama.from_transformers(base(size, device)).train()
 
 
-def peft_decoder(size: Size, device: str, seed: int) -> nn.Module:
+def peft_decoder(size: Size, device: str, seed: int, float32: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     config = LoraConfig(r=size.rank, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
-    return get_peft_model(decoder(size, device, seed), config)
+    return get_peft_model(decoder(size, device, seed), config, autocast_adapter_dtype=float32)
 
 
-def our_decoder(size: Size, device: str, seed: int) -> nn.Module:
+def peft_decoder_bf16(size: Size, device: str, seed: int) -> nn.Module:
+    return peft_decoder(size, device, seed, float32=False)
+
+
+def our_decoder(size: Size, device: str, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = decoder(size, device, seed)
     torch.manual_seed(seed)
-    inject_lora(model, size.rank, ALPHA, PROJECTIONS, adapter_dtype=torch.float32)
+    inject_lora(model, size.rank, ALPHA, PROJECTIONS, adapter_dtype=dtype)
     return model
+
+
+def our_decoder_bf16(size: Size, device: str, seed: int) -> nn.Module:
+    return our_decoder(size, device, seed, torch.bfloat16)
 
 
 ROWS = {  # in the order in which they are measured, should the time not suffice for all
     "full": Row(everything),
-    "frozen": Row(frozen, steps=False),
+    "frozen": Row(frozen, optimize=None),
     "PEFT": Row(peft),
     "ours": Row(ours),
     "ours, Decoder": Row(our_decoder),
@@ -204,260 +96,35 @@ ROWS = {  # in the order in which they are measured, should the time not suffice
     "PEFT compiled": Row(peft, compiled=True),
     "ours compiled": Row(ours, compiled=True),
     "ours, Decoder compiled": Row(our_decoder, compiled=True),
-    "PEFT, default AdamW": Row(peft, fused=False),
+    "PEFT, default AdamW": Row(peft, optimize=default_adamw),
     "PEFT bf16": Row(peft_bf16),
     "ours bf16": Row(ours_bf16),
+    "PEFT bf16, Decoder": Row(peft_decoder_bf16),
+    "ours bf16, Decoder": Row(our_decoder_bf16),
     "ours bf16 compiled": Row(ours_bf16, compiled=True),
 }
 
-
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of every next token, from float32 logits."""
-    output = model(ids)  # (B, T, V), or transformers' wrapping of it
-    logits = output if isinstance(output, Tensor) else output.logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def tokens(size: Size, device: str, index: int) -> Tensor:
-    """Batch `index`, (B, T): small ids are more frequent, which is something to learn."""
-    uniform = torch.rand(size.batch, size.length, generator=torch.Generator().manual_seed(index))
-    return (uniform**3 * size.config["vocab_size"]).long().to(device)
-
-
-def stepper(row: Row, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that takes one training step on a batch and returns its loss."""
-    loss_function = torch.compile(loss_of) if row.compiled else loss_of
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = True if row.fused else None
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=fused) if row.steps else None
-
-    def step(ids: Tensor) -> Tensor:
-        loss = loss_function(model, ids)
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def free() -> None:
-    """Give back what the last row held."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def held_bytes(model: nn.Module, device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def measure(name: str, size: Size, device: str) -> Figure:
-    """Time and weigh the steps of one row."""
-    row = ROWS[name]
-    model = row.build(size, device, seed=1)
-    step, ids = stepper(row, model), tokens(size, device, 0)
-    started = time.perf_counter()
-    step(ids).item()
-    first = time.perf_counter() - started
-    for _ in range(2):
-        step(ids).item()
-    started = time.perf_counter()
-    step(ids).item()
-    estimate_ms = (time.perf_counter() - started) * 1e3
-    peak = held_bytes(model, device) + peak_memory(lambda: step(ids), device)
-    runs = TIMED_STEPS if device == "cpu" else math.ceil(TIMED_STEPS * estimate_ms / 10)  # of 10 ms each
-    evidence = measure_time(
-        lambda: step(ids),
-        device,
-        dtype=torch.bfloat16,
-        shape=f"batch {size.batch} × {size.length}, rank {size.rank} on seven projections",
-        runs=runs,
-    )
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Figure(name, evidence, peak / 1e6, trainable if row.steps else 0, first)
-
-
-def profile(name: str, size: Size, device: str) -> tuple[dict[str, object], str]:
-    """Where the time of one row's step goes, by kind of kernel, and a table of its kernels, the longest first."""
-    model = ROWS[name].build(size, device, seed=1)
-    step, ids = stepper(ROWS[name], model), tokens(size, device, 0)
-    for _ in range(3):
-        step(ids).item()
-    with torch.profiler.profile() as found:
-        for _ in range(PROFILED_STEPS):
-            step(ids).item()
-    on_gpu = torch.device(device).type == "cuda"
-    by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    averages = found.key_averages()
-    operations = [event for event in averages if event.key.startswith("aten::")]  # what their kernels took is theirs
-
-    def ms(*names: str) -> float:
-        chosen = (event for event in operations if any(name in event.key for name in names))
-        return sum(getattr(event, by) for event in chosen) / 1e3 / PROFILED_STEPS
-
-    kinds = {"mm": ms("::mm"), "addmm": ms("::addmm"), "attention": ms("attention")}
-    shown = averages.table(sort_by=by, row_limit=25, max_name_column_width=90)
-    return {"row": name, "kernels_ms": kinds, "all_kernels_ms": ms("::")}, shown
-
-
-def copy_start(source: nn.Module, target: nn.Module) -> None:
-    """Give our adapters the A of PEFT's; both B are 0."""
-    theirs = {name: tensor for name, tensor in source.named_parameters() if ".lora_A." in name}
-    wanted = [(name, parameter) for name, parameter in target.named_parameters() if name.endswith(".adapter.A")]
-    with torch.no_grad():
-        for name, parameter in wanted:
-            layer = name.removesuffix(".adapter.A")
-            parameter.copy_(theirs[f"base_model.model.{layer}.lora_A.default.weight"].T)
-
-
-def losses(name: str, size: Size, device: str, seed: int) -> list[float]:
-    """The loss of every step, from PEFT's A of `seed`."""
-    row = ROWS[name]
-    model = row.build(size, device, seed)
-    if row.build is not peft:
-        copy_start(peft(size, device, seed), model)
-    step = stepper(row, model)
-    found = [step(tokens(size, device, index % 8)) for index in range(LOSS_STEPS)]
-    return torch.stack(found).tolist()
-
-
-def compare_losses(size: Size, device: str) -> dict[str, object]:
-    """Losses of PEFT and ours from the same start, their distance, and how far runs lie apart anyway."""
-    runs = {}
-    for key, name, seed in (
-        ("PEFT", "PEFT", 1),
-        ("PEFT again", "PEFT", 1),
-        ("PEFT, other A", "PEFT", 2),
-        ("ours", "ours", 1),
-        ("ours again", "ours", 1),
-        ("ours bf16", "ours bf16", 1),
-    ):
-        runs[key] = losses(name, size, device, seed)
-        free()
-
-    def distance(one: str, other: str) -> float:
-        return max(abs(a - b) for a, b in zip(runs[one], runs[other], strict=True))
-
-    return {
-        "runs": runs,
-        "largest_difference": {
-            "ours, PEFT": distance("ours", "PEFT"),
-            "ours bf16, PEFT": distance("ours bf16", "PEFT"),
-            "PEFT, PEFT again": distance("PEFT", "PEFT again"),
-            "ours, ours again": distance("ours", "ours again"),
-            "PEFT, PEFT with another A": distance("PEFT", "PEFT, other A"),
-        },
-    }
-
-
-def floor(size: Size, device: str) -> dict[str, float]:
-    """The arithmetic of `frozen`, without adapters, and the time it takes at the speed of one large product."""
-    config = size.config
-    shape = ModelConfig(
-        d_model=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        ffn_dim=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-    )
-    tera = 2 * size.batch * shape.forward_flops(size.length) / 1e12  # the gradient of the activations costs the same
-    matrix = torch.randn(size.product, size.product, device=device, dtype=torch.bfloat16)
-    evidence = measure_time(lambda: matrix @ matrix, device, dtype=matrix.dtype, shape=f"{size.product}³")
-    speed = 2 * size.product**3 / (evidence.median_ms * 1e-3) / 1e12
-    return {"tflop": tera, "product_tflops": speed, "floor_ms": tera / speed * 1e3}
-
-
-def report(figures: Iterable[Figure]) -> None:
-    print(f"{'':<24}{'median':>11}{'10–90 %':>20}{'peak':>13}{'trained':>16}{'first step':>12}")
-    for figure in figures:
-        found = figure.evidence
-        print(
-            f"{figure.row:<24}{found.median_ms:>8.1f} ms{found.low_ms:>10.1f} – {found.high_ms:<7.1f}"
-            f"{figure.peak_mb:>10.0f} MB{figure.trainable:>16,}{figure.first_step_s:>10.1f} s"
-        )
-
-
-def open_record(path: Path | None, size: Size, versions: dict[str, str]) -> dict[str, object]:
-    """What a file holds so far, as `engine.experiments._lora.recorded_steps` reads it; without a file, no runs.
-
-    Raises:
-        ValueError: the file's runs are of another model or other versions.
-    """
-    head = {"model": size.config, "versions": {name: version.partition("+")[0] for name, version in versions.items()}}
-    log = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {**head, "runs": []}
-    if {name: log[name] for name in head} != head:
-        raise ValueError(f"{path} has runs of another model or other versions: give another file.")
-    return {
-        "what": "One LoRA training step of a Llama in bfloat16, by tests/benchmarks/lora_training_step.py",
-        "recorded": datetime.date.today().isoformat(),
-        **head,
-        "runs": log["runs"],
-    }
-
-
-def main() -> int:
-    """Measure, print the table, write the record; 1 if the time ran out before the last row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument(
-        "--profile",
-        nargs="*",
-        choices=list(ROWS),
-        default=[],
-        help="print these rows' longest kernels; --json keeps the last",
-    )
-    parser.add_argument("--no-losses", action="store_true", help="leave out the comparison of the losses")
-    parser.add_argument("--seconds", type=float, default=270, help="no row is begun after this time")
-    parser.add_argument("--json", type=Path, help="add this run, with its evidence, to those of this file")
-    parser.add_argument("--note", default="", help="what is to be known about this run, with --json")
-    arguments = parser.parse_args()
-    size, device, started = SMALL if arguments.small else LARGE, arguments.device, time.perf_counter()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    try:
-        record = open_record(arguments.json, size, versions)
-    except ValueError as error:
-        parser.error(str(error))
-    run = {"note": arguments.note, "floor": floor(size, device), "rows": []}
-    record["runs"].append(run)
-
-    def write() -> None:
-        if arguments.json:
-            arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-
-    figures, left_out = [], []
-    if not arguments.no_losses:
-        run["losses"] = compare_losses(size, device)
-        print("largest difference of the losses over", LOSS_STEPS, "steps:", run["losses"]["largest_difference"])
-    for name in arguments.rows:
-        if time.perf_counter() - started > arguments.seconds:
-            left_out.append(name)
-            continue
-        figures.append(measure(name, size, device))
-        run["rows"].append(asdict(figures[-1]))
-        free()
-        report(figures[-1:])
-        write()
-    for name in arguments.profile:
-        run["profile"], shown = profile(name, size, device)
-        print(name, shown, sep="\n")
-        free()
-        write()
-    print()
-    print(" · ".join(f"{name} {version}" for name, version in versions.items()), "·", device_name(device))
-    print(f"floor {run['floor']['floor_ms']:.1f} ms at {run['floor']['product_tflops']:.0f} TFLOP/s")
-    report(figures)
-    if left_out:
-        print(f"No time was left for: {', '.join(left_out)}.")
-    return int(bool(left_out))
-
+BENCHMARK = Benchmark(
+    description=__doc__,
+    what="One LoRA training step of a Llama in bfloat16, by tests/benchmarks/lora_training_step.py",
+    rows=ROWS,
+    start=peft,
+    runs={
+        "PEFT": ("PEFT", 1),
+        "PEFT again": ("PEFT", 1),
+        "PEFT, other A": ("PEFT", 2),
+        "ours": ("ours", 1),
+        "ours again": ("ours", 1),
+        "ours bf16": ("ours bf16", 1),
+    },
+    distances={
+        "ours, PEFT": ("ours", "PEFT"),
+        "ours bf16, PEFT": ("ours bf16", "PEFT"),
+        "PEFT, PEFT again": ("PEFT", "PEFT again"),
+        "ours, ours again": ("ours", "ours again"),
+        "PEFT, PEFT with another A": ("PEFT", "PEFT, other A"),
+    },
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(BENCHMARK))

@@ -1,6 +1,6 @@
 """The targets that the software measures itself against, on the device at hand.
 
-    python tests/benchmarks/performance_targets.py [--device cuda] [--json file]
+    python -m tests.benchmarks.performance_targets [--device cuda] [--json file]
 
 Attention forward at T = 128, 512 and 1024 takes at most 10 ms and 100 MB (batch 1, 512 wide, 8 heads, causal).
 """

@@ -1,6 +1,6 @@
 """How long from the key press to the new chart, in a real browser: the attention lab against a bare page.
 
-    python tests/benchmarks/slider_latency.py [--presses 40] [--model smollm2-135m-q4]
+    python -m tests.benchmarks.slider_latency [--presses 40] [--model smollm2-135m-q4]
 
 Both are served by the same Streamlit and drawn by the same headless Chromium on the same machine, in turns. The clock
 starts at the browser's keydown event and stops in the first frame in which the heat map's pixels are others.

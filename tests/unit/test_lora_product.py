@@ -247,7 +247,6 @@ def test_compiles_to_one_graph_forward_and_backward(x_learns, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(4, 512, 1024), (3, 1024)])
 def test_on_a_gpu_it_is_as_exact_as_the_formula_and_needs_no_more_memory(shape):
     torch.manual_seed(0)
@@ -271,3 +270,22 @@ def test_on_a_gpu_it_is_as_exact_as_the_formula_and_needs_no_more_memory(shape):
     for one, other, true in zip(ours, plain, truth, strict=True):
         assert (one.double() - true).abs().max() <= 2 * (other.double() - true).abs().max()
     assert our_peak <= plain_peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_of_a_forward_pass_outside_it(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(5, 24, dtype=dtype, requires_grad=True)
+    factors = [torch.randn(size, dtype=dtype, requires_grad=True) for _ in range(3) for size in ((24, 4), (4, 16))]
+    weights = [torch.randn(16, 24, dtype=dtype) for _ in range(3)]
+    adapted = [
+        AdaptedWeight(weight, None, A, B, SCALING)
+        for weight, A, B in zip(weights, factors[::2], factors[1::2], strict=True)
+    ]
+
+    def found(enabled):
+        loss = sum(y.float().square().sum() for y in adapted_linears(x, adapted))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(loss, [x, *factors])
+
+    assert all(torch.equal(one, other) for one, other in zip(found(True), found(False), strict=True))
