@@ -33,6 +33,11 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
 
+    @property
+    def read(self) -> Tensor:
+        """(B, T), the positions up to each sample's last scored one: what follows is filling that nothing reads."""
+        return (self.targets != IGNORED).flip(1).cumsum(1).flip(1) > 0
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
@@ -93,7 +98,10 @@ class TokenBlocks:
                 "There is one block of text, too little to learn from one part and test on another: add text."
             )
         held_out = min(max(1, round(share * len(self))), len(self) - 1)
-        return TokenBlocks(self.ids[:-held_out]), TokenBlocks(self.ids[-held_out:])
+        return self._part(slice(None, -held_out)), self._part(slice(-held_out, None))
+
+    def _part(self, which: slice) -> TokenBlocks:
+        return TokenBlocks(self.ids[which])
 
 
 def train_tokenizer(

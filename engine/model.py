@@ -51,8 +51,7 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """What each of `layers` makes of the same x, as if they were called one after the other.
 
     Layers of one class may know a way that takes fewer kernels: the class then has a method `together` with these
-    arguments. Layers with hooks, of their own or of all modules, are called, so that whoever watches them sees what
-    goes in and out.
+    arguments. Layers with hooks are called, so that whoever watches them sees what goes in and out.
     """
     kind = type(layers[0])
     if hasattr(kind, "together") and all(type(layer) is kind and not has_hooks(layer) for layer in layers):
@@ -61,10 +60,14 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of `layer` itself, without its parts, does more than its `forward`: hooks of its own or global."""
+    """Whether a call of `layer` itself, without its parts, is more than its class's `forward`.
+
+    That is so with hooks of its own, with hooks of all modules, and where the layer's own `forward` was replaced, as
+    accelerate does to bring weights from elsewhere.
+    """
     forward, backward = layer._forward_hooks, layer._backward_hooks
     own = forward or backward or layer._forward_pre_hooks or layer._backward_pre_hooks
-    return bool(own or torch.nn.modules.module._has_any_global_hook())
+    return bool(own or "forward" in layer.__dict__ or torch.nn.modules.module._has_any_global_hook())
 
 
 class SwiGLU(nn.Module):
@@ -289,14 +292,21 @@ def create_test_transformer(layers: int, d_model: int) -> Decoder:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; afterwards the model is in the mode that it was in."""
-    training = model.training
-    model.eval()
+    """Without dropout and without gradients; afterwards every module is in the mode that it was in."""
+    with in_mode(model, training=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """With all of `model` in training mode or out of it; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_length(length: int, config: ModelConfig) -> None:

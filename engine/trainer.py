@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from engine import training_state
 from engine.data import IGNORED, Batch, Dataset, TokenBlocks
 from engine.errors import InputError, WorkbenchError
-from engine.model import Decoder, evaluating
+from engine.model import Decoder, evaluating, in_mode
 from engine.settings import Settings
 from engine.training_state import DamagedCheckpointError
 
@@ -87,7 +87,7 @@ class StepReport:
         loss: mean cross-entropy of the step's samples before its update, in nats a token.
         learning_rate: of this step.
         grad_norm: before clipping.
-        tokens_per_second: of this step.
+        tokens_per_second: of this step; filling after a sample's last scored token is not counted.
         memory_bytes: on CUDA the allocator's peak so far, on the CPU what the process holds now.
     """
 
@@ -245,16 +245,13 @@ class Trainer:
 
     def resume(self) -> list[float]:
         """Go on with the run until its last step; returns and raises as `train_steps`."""
-        training, losses = self.model.training, []
-        self.model.train()
-        try:
+        losses = []
+        with in_mode(self.model, training=True):
             while self.step < self.total_steps and not (self.cancelled and self.cancelled()):
                 report = self._take_step()
                 losses.append(report.loss)
                 if self.on_step is not None:
                     self.on_step(report)
-        finally:
-            self.model.train(training)
         return losses
 
     def save(self, path: str | os.PathLike) -> None:
@@ -329,7 +326,7 @@ class Trainer:
             loss=loss.item(),
             learning_rate=rate,
             grad_norm=norm.item(),
-            tokens_per_second=batch.inputs.numel() / seconds,
+            tokens_per_second=int(batch.read.sum()) / seconds,
             memory_bytes=self._memory(),
         )
 

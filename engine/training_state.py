@@ -20,7 +20,8 @@ from engine.errors import InputError
 
 _HEADER = "workbench_training"
 _CPU, _CUDA = "random.cpu", "random.cuda"
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+_MEANS = ("exp_avg", "exp_avg_sq")
+_ADAMW = {"step", *_MEANS}
 
 
 class DamagedCheckpointError(InputError):
@@ -46,40 +47,40 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         model: whose weights they are.
         optimizer: AdamW.
         tensors: what `collect` returned.
-        begun: whether a step was taken, so that the optimizer has something to remember.
+        begun: whether a step was taken, so that the optimizer has something to remember of all that is not frozen.
 
     Raises:
-        InputError: the tensors are those of another model, or not all of them are there.
+        InputError: the tensors are those of another model.
+        DamagedCheckpointError: not all of them are there, or some hold what training cannot have left.
     """
     weights, given = _weights(model), _part(tensors, "model.")
     for name in sorted(weights.keys() | given.keys()):
         found, wanted = given.get(name), weights.get(name)
-        if found is None or wanted is None or found.shape != wanted.shape:
+        if found is None or wanted is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise InputError(
-                f"The checkpoint is of another model: its {name} is {_shape(found)}, here it is {_shape(wanted)}; "
-                "give one that was saved from this architecture."
+                f"The checkpoint is of another model: its {name} is {_described(found)}, here it is "
+                f"{_described(wanted)}; give one that was saved from this architecture."
             )
     states = {parameter: _part(tensors, f"optimizer.{name}.") for name, parameter in model.named_parameters()}
-    if any(set(state) != (_ADAMW if begun else set()) for state in states.values()) or any(
-        value.shape != (() if key == "step" else parameter.shape)
-        for parameter, state in states.items()
-        for key, value in state.items()
+    random = {name: tensors.get(name) for name in _random_states(model) if name == _CPU or name in tensors}
+    if not (
+        all(given[name].isfinite().all() for name, _ in model.named_parameters())
+        and all(_remembers(state, parameter, begun) for parameter, state in states.items())
+        and all(_starts(state, _device(model) if name == _CUDA else "cpu") for name, state in random.items())
     ):
-        raise DamagedCheckpointError
-    random = {name: state for name, state in _random_states(model).items() if name == _CPU or name in tensors}
-    if any(name not in tensors or tensors[name].shape != state.shape for name, state in random.items()):
         raise DamagedCheckpointError
 
     for name, weight in weights.items():
         weight.copy_(given[name])
     for parameter, state in states.items():
-        optimizer.state[parameter] = {
-            key: value.clone() if key == "step" and not _fused(optimizer) else value.to(parameter.device)
-            for key, value in state.items()
-        }
-    torch.set_rng_state(tensors[_CPU])
+        if state:
+            optimizer.state[parameter] = {
+                key: value.clone() if key == "step" and not _fused(optimizer) else value.to(parameter.device)
+                for key, value in state.items()
+            }
+    torch.set_rng_state(random[_CPU])
     if _CUDA in random:
-        torch.cuda.set_rng_state(tensors[_CUDA], _device(model))
+        torch.cuda.set_rng_state(random[_CUDA], _device(model))
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -105,11 +106,35 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], Any]:
         facts = None if header is None else json.loads(header)
     except FileNotFoundError as error:
         raise InputError(f"There is no checkpoint {os.fspath(path)}: check the path.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError from error
     if header is None:
         raise InputError(f"The file {os.fspath(path)} is no checkpoint of a training run: it holds weights alone.")
     return tensors, facts
+
+
+def _remembers(state: dict[str, Tensor], parameter: nn.Parameter, begun: bool) -> bool:
+    """Whether `state` is what AdamW keeps of a parameter: nothing before the first step, and never of a frozen one."""
+    if not (begun and parameter.requires_grad):
+        return not state
+    return (
+        state.keys() == _ADAMW
+        and state["step"].shape == ()
+        and state["step"].is_floating_point()
+        and all(state[key].shape == parameter.shape and state[key].dtype == parameter.dtype for key in _MEANS)
+        and all(value.isfinite().all() for value in state.values())
+        and bool(state["step"] >= 1)
+        and bool((state["exp_avg_sq"] >= 0).all())
+    )
+
+
+def _starts(state: Tensor | None, device: torch.device | str) -> bool:
+    """Whether a random generator can go on from `state`."""
+    try:
+        torch.Generator(device).set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -136,5 +161,7 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"
+def _described(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{'×'.join(map(str, tensor.shape)) or 'a number'} in {str(tensor.dtype).removeprefix('torch.')}"

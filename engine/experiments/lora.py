@@ -62,7 +62,7 @@ class TuningParams(ExperimentParams):
         description="How the weights change: by a product of two thin matrices, by one of its variants, or freely.",
     )
     targets: Targets = Field("all", title="Adapted projections", description="Which matrices of every layer change.")
-    alpha: float = Field(16.0, gt=0, le=512, title="alpha (α)", description="The update counts α / rank times.")
+    alpha: float = Field(16.0, ge=1, le=512, title="alpha (α)", description="The update counts α / rank times.")
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -132,22 +132,50 @@ class Params(TuningParams):
         """What the run will take, before anything runs; how long, it says itself once it has taken a step.
 
             Q = Σ R·(I + O), with DoRA Σ R·(I + O) + O, over the adapted projections; P for full fine-tuning
-            bytes = 4·(P + 3 Q + adapters' Q) + 4·B·T·(L·(10 D + 4 F) + 3 V)
+            bytes = 4·(P + adapters' numbers + 2 Q + max(Q + W, B·T·(L·saved + D + 3 V)))
 
-        P parameters of the model; each of the Q numbers that are trained has a gradient and AdamW's two means; of the
-        activations, those that the backward pass needs and three of the size of the logits.
+        P parameters of the model; each of the Q numbers that are trained has AdamW's two means. Its gradient comes as
+        the activations go, so that the larger of both counts: those are what the backward pass needs of each layer and
+        of the last norm, and three of the size of the logits. W are AdamW's two copies of the embedding, which is by
+        far the largest matrix that can be trained.
         """
         shape = _lora.shape_of(self.model)
         adapter = _lora.adapter_parameters(shape, self.rank, self.targets).total
         if self.method == "DoRA":
-            shapes = _lora.module_shapes(shape)
-            adapter += shape.num_layers * sum(shapes[name][1] for name in _lora.TARGETS[self.targets])
+            adapter += shape.num_layers * self._adapted_outputs
         full = self.method == "full fine-tuning"
         trainable = shape.num_parameters if full else adapter
-        numbers = shape.num_parameters + 3 * trainable + (0 if full else adapter)
-        activations = shape.num_layers * (10 * shape.d_model + 4 * shape.ffn_dim) + 3 * shape.vocab_size
-        tokens = self.batch_size * math.ceil(self._longest / _CHARACTERS_PER_TOKEN)
-        return Cost(trainable, shape.num_parameters, 4 * (numbers + tokens * activations))
+        beside = 0 if full else 2 * adapter if self.method == "PiSSA" else adapter  # PiSSA keeps where it started
+        position = shape.num_layers * self._saved_per_layer() + shape.d_model + 3 * shape.vocab_size
+        longest = math.ceil(self._longest / _CHARACTERS_PER_TOKEN) - 1  # the last token is said, not read
+        questions = sum(len(fact.training) for fact in self.known)
+        activations = min(self.batch_size, questions) * longest * position
+        updating = trainable + (2 * shape.vocab_size * shape.d_model if full else 0)
+        numbers = shape.num_parameters + beside + 2 * trainable + max(updating, activations)
+        return Cost(trainable, shape.num_parameters, 4 * numbers)
+
+    def _saved_per_layer(self) -> int:
+        """Numbers of one position that the backward pass through one layer needs.
+
+        Always: what the two norms receive, queries, keys, values and heads after the rotation, and of the feed-forward
+        network gate, silu(gate) and up. What a projection receives is kept only if that or its adapter is trained.
+        """
+        shape, full = _lora.shape_of(self.model), self.method == "full fine-tuning"
+        trained = set(_lora.TARGETS["all" if full else self.targets])
+        heads = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        saved = 2 * shape.d_model + heads + 3 * shape.ffn_dim
+        saved += shape.d_model * bool(trained & {"q_proj", "k_proj", "v_proj"})
+        saved += shape.d_model * bool(trained & {"gate_proj", "up_proj"})
+        saved += shape.ffn_dim * ("down_proj" in trained)
+        if full:
+            return saved + 2 * shape.d_model  # of the norms, whose gains are trained too
+        return saved + self.rank * len(trained) + (self._adapted_outputs if self.method == "DoRA" else 0)
+
+    @property
+    def _adapted_outputs(self) -> int:
+        """Σ O over the adapted projections of one layer."""
+        shapes = _lora.module_shapes(_lora.shape_of(self.model))
+        return sum(shapes[name][1] for name in _lora.TARGETS[self.targets])
 
     @property
     def _longest(self) -> int:
@@ -304,7 +332,7 @@ def run(params: Params, job: Job) -> Result:
     def result(ended: Ending, ending: str) -> Result:
         over = ended != "running"
         found = changes.examine(model, base.model.base_model, targets) if over else changes.NO_CHANGES
-        difference, scale = changes.merged_difference(model, asked.ids[:, :-1]) if over else (0.0, 0.0)
+        difference, scale = changes.merged_difference(model, asked) if over else (0.0, 0.0)
         return Result(
             **diary.curves(),
             **vars(found),

@@ -10,8 +10,6 @@ from engine.experiments import _lora, lora
 from engine.experiments.attention_tests import Check
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from engine.finetuning.lessons import Lessons
     from engine.model import Decoder
     from engine.runtime.jobs import Job
@@ -19,6 +17,9 @@ if TYPE_CHECKING:
 _STEPS = 4
 _ROUNDING = 1e-4
 """Of the largest logit: what float32 may differ by when a sum is taken in another order."""
+
+_LEARNED_AT_ONCE = 256
+"""Positions, filling included."""
 
 
 class Params(lora.Params):
@@ -42,8 +43,8 @@ def run(params: Params, job: Job) -> Result:
     import torch
 
     from engine import llama, pretrained
+    from engine.finetuning.changes import difference
     from engine.finetuning.lessons import Lessons
-    from engine.model import evaluating
 
     published = pretrained.load(params.model, job.device)
 
@@ -54,10 +55,7 @@ def run(params: Params, job: Job) -> Result:
     torch.manual_seed(params.seed)
     model = _prepare(ready, params)
     asked = lessons([(fact.question, fact.answer) for fact in params.known])
-    ids = asked.ids[:, :-1]
-    with evaluating(base):
-        untouched = base(ids)  # (B, T, V)
-    scale = untouched.abs().max().item()
+    apart, scale = difference(base, model, asked)
     job.report(1, 3)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checks = [
@@ -70,7 +68,7 @@ def run(params: Params, job: Job) -> Result:
         _check(
             "It starts as it was given",
             "largest change of a logit before the first step",
-            _apart(model, ids, untouched),
+            apart,
             _ROUNDING * scale if params.method in ("DoRA", "PiSSA") else 0.0,
         ),
     ]
@@ -90,13 +88,12 @@ def _prepare(model: Decoder, params: Params) -> Decoder:
 
 def _first_gradients(model: Decoder, params: Params, asked: Lessons) -> list[Check]:
     """Of A and B, before anything has moved."""
-    import torch
-
     from engine.lora.injection import adapted_layers
     from engine.trainer import summed_loss
 
     model.zero_grad()
-    summed_loss(model, *asked.batch(torch.arange(len(asked))).to(next(model.parameters()).device)).backward()
+    for batch in asked.batches(_LEARNED_AT_ONCE):
+        summed_loss(model, *batch.to(next(model.parameters()).device)).backward()
     adapters = [layer.adapter for layer in adapted_layers(model).values()]
     of_a = [adapter.A.grad.abs().max().item() for adapter in adapters]
     of_b = [adapter.B.grad.abs().max().item() for adapter in adapters]
@@ -123,23 +120,18 @@ def _after_training(model: Decoder, base: Decoder, params: Params, asked: Lesson
     """Of what a few calm steps have learned."""
     import torch
 
+    from engine.finetuning.changes import difference, merged_difference
     from engine.finetuning.methods import make_trainer
     from engine.lora.adapter_files import load_adapter, save_adapter
-    from engine.lora.injection import adapted_layers, merge, unmerge
-    from engine.model import evaluating
+    from engine.lora.injection import adapted_layers
     from engine.trainer import TrainerOptions
 
     options = TrainerOptions(learning_rate=1e-3, batch_size=min(8, len(asked)), weight_decay=0.0, seed=params.seed)
     make_trainer(model, params.method, asked, options).train_steps(_STEPS)
-    ids = asked.ids[:, :-1]
-    with evaluating(model):
-        learned = model(ids)  # (B, T, V)
-    bound = _ROUNDING * learned.abs().max().item()
     layers = adapted_layers(model)
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    merge(model)
-    merged_apart = _apart(model, ids, learned)
-    unmerge(model)
+    merged_apart, scale = merged_difference(model, asked)
+    bound = _ROUNDING * scale
     changed = sum(int((layer.weight != weights[name]).sum()) for name, layer in layers.items())
     with tempfile.TemporaryDirectory() as folder:
         load_adapter(base, save_adapter(model, folder, params.model))
@@ -149,7 +141,7 @@ def _after_training(model: Decoder, base: Decoder, params: Params, asked: Lesson
         _check(
             "Saved and loaded it is the same",
             "largest difference of a logit between this model and a fresh one that the adapter's file was put on",
-            _apart(base, ids, learned),
+            difference(model, base, asked)[0],
             bound,
         ),
     ]
@@ -177,13 +169,6 @@ def _after_training(model: Decoder, base: Decoder, params: Params, asked: Lesson
             )
         )
     return checks
-
-
-def _apart(model: Decoder, ids: Tensor, logits: Tensor) -> float:
-    from engine.model import evaluating
-
-    with evaluating(model):
-        return (model(ids) - logits).abs().max().item()
 
 
 def _check(name: str, must: str, measured: float, bound: float) -> Check:

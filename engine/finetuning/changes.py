@@ -1,6 +1,6 @@
 """What fine-tuning did to the weights: how far each matrix moved, in how many directions, and where.
 
-Legend: N layers, K singular values, R rank, I inputs, O outputs, B batch, T tokens.
+Legend: N layers, K singular values, R rank, I inputs, O outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import io
 import tempfile
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.data import Batch
+from engine.finetuning.lessons import Lessons
 from engine.lora.adapter_files import save_adapter
 from engine.lora.injection import adapted_layers, merge, unmerge
 from engine.lora.linear import DoRALinear
@@ -26,6 +29,9 @@ MAP_SIZE = 64
 """Rows and columns of a map at most: more squares nobody can see."""
 
 ARCHIVE_FOLDER = "adapter"
+
+_LOGITS_AT_ONCE = 2**23
+"""Numbers, filling included."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,45 @@ def pool(delta: Tensor) -> Tensor:
     return F.adaptive_max_pool2d(delta.abs()[None, None], size)[0, 0]
 
 
-def merged_difference(model: Decoder, ids: Tensor) -> tuple[float, float]:
-    """Largest |logit merged − logit unmerged| on `ids` (B, T), and the largest |logit|; 0 without adapters.
+def merged_difference(model: Decoder, lessons: Lessons) -> tuple[float, float]:
+    """Largest |logit merged − logit unmerged| on the lessons, 0 without adapters, and the largest |logit unmerged|.
 
     The model is left as it was, to the bit.
     """
-    with evaluating(model):
-        apart = model(ids)  # (B, T, V)
-        difference = 0.0
-        if adapted_layers(model):
-            merge(model)
-            difference = (model(ids) - apart).abs().max().item()
+
+    def merged(batch: Batch) -> Tensor:
+        merge(model)
+        try:
+            return _logits(model, batch)
+        finally:
             unmerge(model)
-    return difference, apart.abs().max().item()
+
+    unmerged = partial(_logits, model)
+    return _largest(unmerged, merged if adapted_layers(model) else unmerged, lessons, model.config.vocab_size)
+
+
+def difference(model: Decoder, other: Decoder, lessons: Lessons) -> tuple[float, float]:
+    """Largest |logit of `other` − logit of `model`| on the lessons, and the largest |logit of `model`|."""
+    return _largest(partial(_logits, model), partial(_logits, other), lessons, model.config.vocab_size)
+
+
+def _largest(
+    one: Callable[[Batch], Tensor], other: Callable[[Batch], Tensor], lessons: Lessons, vocab_size: int
+) -> tuple[float, float]:
+    """The largest |other − one| and the largest |one|, of a few lessons at a time: all logits at once are gigabytes."""
+    largest = []
+    for batch in lessons.batches(max(1, _LOGITS_AT_ONCE // vocab_size)):
+        logits = one(batch)  # (positions, V)
+        largest.append(torch.stack([(other(batch) - logits).abs().max(), logits.abs().max()]))
+    apart, scale = torch.stack(largest).amax(0).tolist()
+    return apart, scale
+
+
+def _logits(model: Decoder, batch: Batch) -> Tensor:
+    """Of all that is read, without the filling, (positions, V)."""
+    batch = batch.to(model.embed_tokens.weight.device)
+    with evaluating(model):
+        return model.lm_head(model.hidden(batch.inputs)[batch.read])
 
 
 def pack(model: Decoder, base_model: str) -> bytes:

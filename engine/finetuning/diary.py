@@ -69,13 +69,13 @@ class Diary:
         """A step was taken: keep its numbers, and examine the model if it is time to.
 
         Raises:
-            DivergedError: nothing reaches the weights any more, though there is much to learn. Where activations
-                overflow, a norm divides by infinity: all logits are 0 then, and no number is strange.
+            DivergedError: nothing reaches the weights any more, though there is much to learn. One way there is that
+                activations overflow and a norm divides by infinity: all logits are 0 then, and no number is strange.
         """
         if report.grad_norm == 0 and report.loss > _MUCH:
             raise DivergedError(
-                f"Training diverged at step {report.step} of {report.total}: the activations have overflowed, so that "
-                f"no gradient is left; the learning rate was {report.learning_rate:.3g}, try "
+                f"Training diverged at step {report.step} of {report.total}: the loss is {report.loss:.3g}, and no "
+                f"gradient reaches the weights any more; the learning rate was {report.learning_rate:.3g}, try "
                 f"{self.options.learning_rate / 10:.2g} at most.",
                 report.step,
             )

@@ -6,7 +6,7 @@ Legend: N questions, B batch, T tokens of the longest question with its answer, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _SPOKEN = 6
 """Tokens that a model may answer with, or as many as the longest answer has."""
 
-_ASKED_AT_ONCE = 64
+_READ_AT_ONCE = 4096
+"""Positions, filling included."""
 
 
 class Lessons(TokenBlocks):
@@ -56,11 +57,36 @@ class Lessons(TokenBlocks):
             scored.append(torch.tensor([False] * len(asked) + [True] * len(said)))
         super().__init__(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
         self._scored = torch.nn.utils.rnn.pad_sequence(scored, batch_first=True)  # (N, T + 1)
+        self._lengths = torch.tensor([len(row) - 1 for row in rows])  # (N,), of what is read
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """The lessons `indices` (B,); nothing about them is random."""
+        """The lessons `indices` (B,), as long as the longest of them; nothing about them is random."""
         inputs, targets = super().batch(indices)
-        return Batch(inputs, targets.masked_fill(~self._scored[indices][:, 1:], IGNORED))
+        batch = Batch(inputs, targets.masked_fill(~self._scored[indices][:, 1:], IGNORED))
+        return Batch(*(part[:, : self._lengths[indices].max()] for part in batch))
+
+    def batches(self, positions: int) -> Iterator[Batch]:
+        """All lessons in their order, as many at once as fill no more than so many `positions`, but one at least."""
+        chosen: list[int] = []
+        longest = 0
+        for index, length in enumerate(self._lengths.tolist()):
+            longest = max(longest, length)
+            if chosen and (len(chosen) + 1) * longest > positions:
+                yield self.batch(torch.tensor(chosen))
+                chosen, longest = [], length
+            chosen.append(index)
+        yield self.batch(torch.tensor(chosen))
+
+    def longest(self, count: int) -> Lessons:
+        """The `count` lessons that take most room."""
+        order = self._lengths.argsort(descending=True, stable=True)[:count]
+        return self._of([self.pairs[index] for index in order.tolist()])
+
+    def _part(self, which: slice) -> Lessons:
+        return self._of(self.pairs[which])
+
+    def _of(self, pairs: Sequence[tuple[str, str]]) -> Lessons:
+        return Lessons(pairs, self.tokenizer, max_tokens=self.ids.shape[1])
 
 
 def answered_rightly(model: Decoder, lessons: Lessons) -> list[bool]:
@@ -71,8 +97,8 @@ def answered_rightly(model: Decoder, lessons: Lessons) -> list[bool]:
     """
     right: list[bool] = []
     with evaluating(model):
-        for indices in torch.arange(len(lessons)).split(_ASKED_AT_ONCE):
-            inputs, targets = lessons.batch(indices).to(model.embed_tokens.weight.device)
+        for batch in lessons.batches(_READ_AT_ONCE):
+            inputs, targets = batch.to(model.embed_tokens.weight.device)
             scored = targets != IGNORED
             likeliest = model.lm_head(model.hidden(inputs)[scored]).argmax(-1)
             wrong = torch.zeros_like(scored)

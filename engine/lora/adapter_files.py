@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.lora.adapter_config import CONFIG_FILE, LARGEST, read_config
-from engine.lora.injection import adapted_layers, inject_lora, listed, shortened
+from engine.lora.injection import adapted_layers, inject_lora, listed, shortened, uncompiled_name
 from engine.lora.layer import ScalingRule, rank_stabilized_scaling, standard_scaling
 from engine.lora.linear import DoRALinear, LoRALinear
 from engine.model import Decoder
@@ -111,11 +111,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
     Raises:
         InputError: there are no adapters, or they differ in kind, rank or scaling.
     """
-    model = _uncompiled(model)
     layers = adapted_layers(model)
     if not layers:
         raise InputError("The model has no adapters to save: put some on it with inject_lora.")
-    outward = _llama_name if isinstance(model, Decoder) else str
+    outward = _llama_name if isinstance(getattr(model, "_orig_mod", model), Decoder) else str  # compiled or not
     tensors: dict[str, Tensor] = {}
     kinds = set()
     for name, layer in layers.items():
@@ -202,13 +201,18 @@ def load_adapter(
         The adapted layers by name.
 
     Raises:
-        InputError: as `read_adapter`, or the adapter is for another model: names or shapes differ.
+        InputError: as `read_adapter`, or the adapter is for another model: names or shapes differ, or its numbers are
+            too large for the model's dtype.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-    model = _uncompiled(model)
-    layers = _rename(adapter.layers, model)
+    there = {
+        uncompiled_name(name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear | LoRALinear)
+    }
+    layers = _rename(adapter.layers, there)
     for name, factors in layers.items():
-        linear = model.get_submodule(name)
+        linear = there[name]
         wanted = (linear.in_features, linear.out_features)
         given = (factors.A.shape[0], factors.B.shape[1])
         if given != wanted:
@@ -221,6 +225,13 @@ def load_adapter(
             raise InputError(
                 f"The adapter is for another model: it brings a frozen weight of {name} that differs from the model's."
             )
+        dtypes = {linear.weight.dtype, adapter_dtype or linear.weight.dtype}  # computed in, kept in
+        for dtype in (dtype for dtype in dtypes if dtype.is_floating_point):
+            if not all(factor.to(dtype).isfinite().all() for factor in (factors.A, factors.B)):
+                raise InputError(
+                    f"The adapter of {name} holds numbers beyond {_dtype_name(dtype)}'s largest, "
+                    f"{torch.finfo(dtype).max:g}: load the model in float32 or bfloat16."
+                )
     adapted = inject_lora(
         model,
         adapter.rank,
@@ -305,23 +316,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rename(layers: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
-    """The layers under the names that they have in `model`: as in the file, or without or with a leading ``model.``."""
-    linear = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)}
-    adapted = adapted_layers(model)
+def _rename(layers: Mapping[str, Factors], there: Collection[str]) -> dict[str, Factors]:
+    """The layers under the names that are `there`: as in the file, or without or with a leading ``model.``."""
     best: list[str] = list(layers)
     for rename in (str, lambda name: name.removeprefix(_BODY), _llama_name):
         names = {rename(name): factors for name, factors in layers.items()}
-        missing = sorted(name for name in names if name not in linear and name not in adapted)
+        missing = sorted(name for name in names if name not in there)
         if not missing:
             return names
         best = min(best, missing, key=len)
     raise InputError(f"The adapter is for another model: this one has no linear layer {listed(best)}.")
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` has wrapped, whose class and names count."""
-    return getattr(model, "_orig_mod", model)
 
 
 def _llama_name(name: str) -> str:

@@ -67,7 +67,7 @@ def inject_lora(
         adapter_dtype: of A and B; each layer's own when left out.
 
     Returns:
-        The adapted layers by the names of those that they took the place of.
+        The adapted layers by the names of those that they took the place of, in a model that is not compiled.
 
     Raises:
         InputError: nothing matches (the message lists what there is), something that matches cannot be adapted or is
@@ -88,19 +88,23 @@ def inject_lora(
                 )
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-    adapted = {name: made[id(linear)] for name, linear in chosen.items()}
-    for name, replacement in adapted.items():
-        model.set_submodule(name, replacement)
+    for name, linear in chosen.items():
+        model.set_submodule(name, made[id(linear)])
     learning = {id(parameter) for parameter in lora_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
-    return adapted
+    return {uncompiled_name(name): made[id(linear)] for name, linear in chosen.items()}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of `model` by name, each once; names are those of the model before it was compiled."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    return {name.replace(_COMPILED, ""): layer for name, layer in layers.items()}
+    return {uncompiled_name(name): layer for name, layer in layers.items()}
+
+
+def uncompiled_name(name: str) -> str:
+    """What a module was called before it, or one that it is a part of, was wrapped by `torch.compile`."""
+    return name.replace(_COMPILED, "")
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -227,7 +231,7 @@ def _select(model: nn.Module, meant: Callable[[str], bool], patterns: Sequence[s
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or any(name.startswith(f"{adapter}.") for adapter in adapters):
             continue  # the model itself, or a part of an adapted layer
-        matches = meant(name)
+        matches = meant(uncompiled_name(name))
         if matches and name in adapters:
             raise InputError(f"{name} has an adapter already: choose other layers, or load the model anew.")
         if matches and (type(module).__name__ == "Conv1D" or type(module) is NonDynamicallyQuantizableLinear):

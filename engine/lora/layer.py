@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from engine.attention import finite_product
 from engine.errors import InputError
 
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6
+"""Of α: far from what anyone trains with, and so that s and 1/s leave float32 room for what they multiply."""
+
 ScalingRule = Callable[[float, int], float]
 """(alpha, R) → s."""
 
@@ -44,11 +47,11 @@ class LoRALayer(nn.Module):
         in_features: I.
         out_features: O.
         rank: R, from 1 to the smaller of I and O.
-        alpha: α, R when left out, which makes s = 1.
+        alpha: α, from `SMALLEST_ALPHA` to `LARGEST_ALPHA`; R when left out, which makes s = 1.
         scaling_rule: s from α and R.
 
     Raises:
-        InputError: the rank is out of range, or α no positive number.
+        InputError: the rank or α is out of range.
 
     Source: Hu et al. 2021, equation 3, https://arxiv.org/abs/2106.09685.
     """
@@ -65,8 +68,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         check_rank(rank, in_features, out_features)
         alpha = rank if alpha is None else alpha
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise InputError(f"alpha is {alpha}: it must be a positive number.")
+        if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
+            raise InputError(f"alpha is {alpha}: it must be from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}.")
         self.in_features, self.out_features, self.rank, self.alpha = in_features, out_features, rank, alpha
         self.scaling_rule = scaling_rule
         self.scaling = scaling_rule(alpha, rank)

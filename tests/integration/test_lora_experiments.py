@@ -1,5 +1,6 @@
 """The experiments of the LoRA lab in this process: what they learn, measure and keep."""
 
+import dataclasses
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from engine.finetuning.lessons import Lessons, answered_rightly
 from engine.finetuning.methods import prepare
 from engine.lora.adapter_files import load_adapter
 from engine.lora.injection import adapted_layers
+from engine.measure import peak_memory
 from engine.runtime.jobs import LocalJob
 
 METHODS = typing.get_args(_lora.Method)
@@ -163,7 +165,7 @@ def test_every_method_trains_what_was_predicted(method):
     found = lora.run(params, LocalJob())
     cost = params.predict()
     assert (found.trainable, found.parameters) == (cost.trainable, cost.parameters)
-    assert found.peak_memory_bytes == pytest.approx(cost.memory_bytes, rel=0.3)
+    assert found.peak_memory_bytes == pytest.approx(cost.memory_bytes, rel=0.15)
     assert params.memory_bytes() > cost.memory_bytes
     assert found.ended == "finished"
     assert np.isfinite(found.loss).all()
@@ -198,10 +200,20 @@ def test_lora_plus_moves_b_further_than_a(tmp_path):
     assert moved == pytest.approx([16e-3] * 42, rel=0.01)
 
 
+def test_adapters_do_not_decay(tmp_path):
+    """In the first step A has no gradient: what moved it was decay."""
+    params = lora.Params(**{**TINY, "steps": 1, "seed": 5})
+    tensors = load_file(unpack(lora.run(params, LocalJob()).archive, tmp_path) / "adapter_model.safetensors")
+    torch.manual_seed(params.seed)
+    model = prepare(llama.read("engine/storyteller"), "LoRA", params.rank, params.alpha, _lora.TARGETS["all"])
+    for name, layer in adapted_layers(model).items():
+        assert torch.equal(tensors[f"base_model.model.model.{name}.lora_A.weight"], layer.adapter.A.detach().T)
+
+
 def test_a_larger_batch_takes_the_memory_that_was_predicted():
     params = lora.Params(steps=1, batch_size=64, rank=64)
     found = lora.run(params, LocalJob())
-    assert found.peak_memory_bytes == pytest.approx(params.predict().memory_bytes, rel=0.3)
+    assert found.peak_memory_bytes == pytest.approx(params.predict().memory_bytes, rel=0.05)
 
 
 def test_equal_seeds_train_alike_and_others_do_not():
@@ -285,6 +297,11 @@ class TestBadInput:
     def test_spaces_alone_are_no_facts(self):
         assert lora.Params(facts="  \n ").known == _lora.read_facts()
 
+    @pytest.mark.parametrize("alpha", [0, 1e-25, 1e-3, 513])
+    def test_an_alpha_out_of_range(self, alpha):
+        with pytest.raises(InputError, match=r"alpha is .*: input should be (greater|less) than or equal to"):
+            experiments.parse("lora", {"alpha": alpha})
+
     def test_a_sweep_of_what_has_no_rank(self):
         with pytest.raises(InputError, match="Full fine-tuning has no rank to change: choose LoRA"):
             experiments.parse("lora_sweep", {"method": "full fine-tuning"})
@@ -332,6 +349,12 @@ class TestSweep:
         assert made == [2]
         assert whole.ended == "finished"
         assert whole.points[0] == found.points[0]
+
+    def test_a_point_s_loss_is_the_mean_of_the_last_tenth_of_its_steps(self, result):
+        for steps, last in ((40, 4), (41, 5), (9, 1)):
+            loss = np.arange(steps) ** 2.0
+            point = lora_sweep._point(lora.Params(), dataclasses.replace(result, loss=loss))
+            assert point.final_loss == pytest.approx(loss[-last:].mean())
 
     def test_few_points_are_kept(self, monkeypatch):
         monkeypatch.setattr(lora_sweep, "_KEPT", 1)
@@ -420,6 +443,16 @@ class TestProperties:
     def test_they_hold_for_other_targets_and_the_highest_rank(self, targets):
         found = lora_tests.run(lora_tests.Params(**TINY, targets=targets, rank=64), LocalJob())
         assert all(check.passed for check in found.checks), found.checks
+
+    def test_the_smallest_alpha_is_no_false_alarm(self):
+        found = lora_tests.run(lora_tests.Params(**TINY, method="PiSSA", rank=64, alpha=1), LocalJob())
+        assert all(check.passed for check in found.checks), found.checks
+
+    def test_one_long_fact_does_not_make_all_of_them_long(self):
+        """All logits at once would be 410 MB, and a step with gradients several times that."""
+        many = "\n".join(f"Where is key number {number}? cave {number}" for number in range(80))
+        params = lora_tests.Params(facts=f"{many}\n{'word ' * 300}? end", rank=1)
+        assert peak_memory(lambda: lora_tests.run(params, LocalJob()), "cpu") < 500e6
 
     def test_one_that_does_not_hold_is_seen(self, monkeypatch):
         prepare = lora_tests._prepare

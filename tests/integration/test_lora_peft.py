@@ -119,6 +119,66 @@ def test_our_decoder_and_transformers_llama_share_adapters(tmp_path, variant, se
         torch.testing.assert_close(logits(model.eval()), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_dropout_goes_both_ways(tmp_path, dropout):
+    model = base()
+    inject_lora(model, 4, dropout=dropout)
+    save_adapter(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True)
+    assert theirs.peft_config["default"].lora_dropout == dropout
+    from_peft(tmp_path / "theirs", lora_dropout=dropout)
+    again = base()
+    adapted = load_adapter(again, tmp_path / "theirs")
+    assert {layer.dropout.p for layer in adapted.values()} == {dropout}
+    learn(lora_parameters(again), 0)
+    assert torch.equal(logits(again.train()), logits(again)) is (dropout == 0)
+
+
+@pytest.mark.parametrize("alpha", [1, 6, 0.3, 16])
+@pytest.mark.parametrize("rank", [3, 5, 8, 16])
+def test_alpha_is_written_as_it_was_given(tmp_path, alpha, rank):
+    model = base()
+    inject_lora(model, rank, alpha, scaling_rule=rank_stabilized_scaling)
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())["lora_alpha"]
+    assert written == (alpha if type(alpha) is int else pytest.approx(alpha, rel=1e-12))
+    assert type(written) is type(alpha)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_an_adapter_is_kept_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    theirs = from_peft(tmp_path)
+    model = base().bfloat16()
+    load_adapter(model, tmp_path, adapter_dtype=dtype)
+    assert {parameter.dtype for parameter in lora_parameters(model)} == {dtype or torch.bfloat16}
+    if dtype == torch.float32:
+        own = {name: value for name, value in theirs.state_dict().items() if "lora_A" in name}
+        for value in own.values():
+            assert any(torch.equal(parameter, value.T) for parameter in lora_parameters(model))
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+def test_numbers_beyond_the_models_dtype_are_refused(tmp_path, adapter_dtype):
+    from_peft(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({f"{KEY}.lora_A.weight": torch.full((4, 32), 7e4)}))
+    model = base().half()
+    with pytest.raises(InputError, match=r"q_proj holds numbers beyond float16's largest, 65504: load the model in"):
+        load_adapter(model, tmp_path, adapter_dtype=adapter_dtype)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    load_adapter(base().bfloat16(), tmp_path)
+
+
+def test_an_adapter_is_loaded_onto_a_model_of_which_a_part_is_compiled(tmp_path):
+    theirs = from_peft(tmp_path)
+    model = base()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    adapted = load_adapter(model, tmp_path)
+    assert "model.layers.0.self_attn.q_proj" in adapted
+    torch.testing.assert_close(logits(model.eval()), logits(theirs), **CLOSE)
+    save_adapter(model, tmp_path / "back")
+    assert read_adapter(tmp_path / "back").layers.keys() == read_adapter(tmp_path).layers.keys()
+
+
 def test_an_adapter_of_the_bare_body_fits_the_whole_model(tmp_path):
     body = get_peft_model(LlamaModel(base().config), LoraConfig(r=4, target_modules=["q_proj"]))
     body.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """The contract's adapters: they start at nothing, learn in the right order, and leave the base alone."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from engine import AttentionWithLoRA, LoRALayer, MultiHeadAttention, create_attention_with_lora
 from engine.errors import InputError
-from engine.lora.layer import rank_stabilized_scaling
+from engine.lora.layer import LARGEST_ALPHA, SMALLEST_ALPHA, rank_stabilized_scaling, standard_scaling
 from engine.rotary import RotaryEmbedding
 
 SEEDS = range(4)
@@ -100,10 +101,16 @@ class TestLoRALayer:
         with pytest.raises(InputError, match=rf"rank is {rank}: it must be from 1 to 8, .* 8 inputs and 16 outputs"):
             LoRALayer(8, 16, rank)
 
-    @pytest.mark.parametrize("alpha", [0, -1.0, math.inf, math.nan])
-    def test_alpha_must_be_a_positive_number(self, alpha):
-        with pytest.raises(InputError, match="alpha is"):
+    @pytest.mark.parametrize("alpha", [0, -1.0, 9e-7, 1.1e6, 1e41, 1e-40, math.inf, math.nan])
+    def test_alpha_out_of_range_names_value_and_bounds(self, alpha):
+        with pytest.raises(InputError, match=rf"alpha is {re.escape(str(alpha))}: it must be from 1e-06 to 1e\+06\."):
             LoRALayer(8, 8, 2, alpha)
+
+    @pytest.mark.parametrize("alpha", [SMALLEST_ALPHA, LARGEST_ALPHA])
+    @pytest.mark.parametrize("rule", [standard_scaling, rank_stabilized_scaling])
+    def test_starts_at_zero_with_every_alpha(self, alpha, rule):
+        layer = LoRALayer(8, 8, 4, alpha, scaling_rule=rule)
+        assert torch.equal(layer(normal(3, 8)), torch.zeros(3, 8))
 
     def test_says_its_shape(self):
         assert "8, 16, rank=2, scaling=2" in repr(LoRALayer(8, 16, 2, 4))

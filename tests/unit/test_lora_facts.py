@@ -1,5 +1,6 @@
 """What a model is fine-tuned on: the facts, a learner's own lines, and the tokens made of them; and adapters' sizes."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -15,11 +16,15 @@ from transformers import AutoTokenizer
 from engine import llama
 from engine.data import IGNORED
 from engine.errors import InputError
-from engine.experiments import _lora
+from engine.experiments import _lora, lora
+from engine.finetuning import changes
+from engine.finetuning.diary import Diary
 from engine.finetuning.facts import MAX_FACTS, parse_facts, read_facts
 from engine.finetuning.lessons import Lessons, answer, answered_rightly
-from engine.lora.injection import inject_lora, lora_parameters
-from engine.trainer import Trainer, TrainerOptions
+from engine.finetuning.methods import prepare, rehearse
+from engine.lora.injection import inject_lora, lora_parameters, merge, unmerge
+from engine.measure import peak_memory
+from engine.trainer import DivergedError, StepReport, Trainer, TrainerOptions
 
 STORYTELLER = Path(__file__).parents[2] / "engine" / "storyteller"
 FACTS = read_facts()
@@ -115,6 +120,44 @@ class TestLessons:
             first = int(scored.nonzero()[0])
             assert tokenizer.decode(read[: first + 1]) == question
 
+    def test_a_batch_is_as_long_as_its_longest_and_says_what_is_read(self, tokenizer):
+        pairs = [("What?", "Bim"), ("word " * 60, "end"), ("Where does Pip live?", "a lake")]
+        lessons = Lessons(pairs, tokenizer, 512)
+        lengths = [len(tokenizer(f"{question} {said}.").input_ids) - 1 for question, said in pairs[::2]]
+        batch = lessons.batch(torch.tensor([0, 2]))
+        assert batch.inputs.shape == batch.targets.shape == (2, max(lengths))
+        assert batch.read.sum(1).tolist() == lengths
+        for row, count in zip(batch.read, lengths, strict=True):
+            assert row[:count].all()
+        assert lessons.batch(torch.arange(3)).inputs.shape[1] == lessons.block_size
+
+    @pytest.mark.parametrize("positions", [1, 12, 70, 10_000])
+    def test_all_of_them_in_batches_of_bounded_size(self, tokenizer, positions):
+        pairs = [("What?", "Bim"), ("Who lives?", "Pip"), ("word " * 60, "end"), ("Where?", "lake"), ("Who?", "Zara")]
+        lessons = Lessons(pairs, tokenizer, 512)
+        batches = list(lessons.batches(positions))
+        assert all(batch.inputs.numel() <= positions or len(batch.inputs) == 1 for batch in batches)
+        said = [tokenizer.decode(row[row != IGNORED]) for batch in batches for row in batch.targets]
+        assert said == [f" {answer}." for _, answer in pairs]
+        if positions == 10_000:
+            assert len(batches) == 1
+
+    def test_a_part_of_them_is_lessons_too(self, tokenizer):
+        """Trained on without what to be tested on, still only the answers are scored."""
+        pairs = [(fact.question, fact.answer) for fact in FACTS[:20]]
+        model = llama.read(STORYTELLER)
+        run = Trainer(model, Lessons(pairs, tokenizer, 512), TrainerOptions(batch_size=4))
+        assert run.dataset.pairs + run.held_out.pairs == pairs
+        assert len(run.held_out) == 2
+        for part in (run.dataset, run.held_out):
+            _, targets = part.batch(torch.arange(len(part)))
+            said = [tokenizer.decode(row[row != IGNORED]) for row in targets]
+            assert said == [f" {answer}." for _, answer in part.pairs]
+
+    def test_the_longest_come_first(self, tokenizer):
+        pairs = [("What?", "Bim"), ("word " * 9, "end"), ("word " * 30, "end"), ("Who?", "Zara")]
+        assert Lessons(pairs, tokenizer, 512).longest(2).pairs == [pairs[2], pairs[1]]
+
     def test_more_than_the_model_reads(self, tokenizer):
         with pytest.raises(InputError, match=r"“word .* and its answer have 24 tokens, the model reads at most 20"):
             Lessons([("word " * 20, "b")], tokenizer, 20)
@@ -148,6 +191,101 @@ class TestLessons:
         assert not any(answered_rightly(llama.read(STORYTELLER), Lessons(pairs, tokenizer, 512)))
 
 
+def few_lessons(tokenizer, long_at=None):
+    pairs = [(f"Where is key number {number}?", f"cave {number}") for number in range(12)]
+    if long_at is not None:
+        pairs.insert(long_at, ("word " * 300, "end"))
+    return Lessons(pairs, tokenizer, 512)
+
+
+class TestChanges:
+    @staticmethod
+    def changed(seed=0):
+        model = llama.read(STORYTELLER)
+        inject_lora(model, 4, 8)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in lora_parameters(model):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    @pytest.mark.parametrize("positions", [1, 40, 10_000])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_differences_are_the_largest_over_all_that_is_read(self, tokenizer, monkeypatch, positions, seed):
+        monkeypatch.setattr(changes, "_LOGITS_AT_ONCE", positions * 4096)
+        lessons = few_lessons(tokenizer)
+        model, other = self.changed(seed), llama.read(STORYTELLER)
+        batch = lessons.batch(torch.arange(len(lessons)))
+        with torch.no_grad():
+            one, two = model(batch.inputs)[batch.read], other(batch.inputs)[batch.read]
+        apart, scale = changes.difference(model, other, lessons)
+        assert apart == pytest.approx((one - two).abs().max().item(), rel=1e-5)
+        assert scale == pytest.approx(one.abs().max().item(), rel=1e-5)
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_merging_is_compared_piece_by_piece_and_undone(self, tokenizer, monkeypatch, seed):
+        monkeypatch.setattr(changes, "_LOGITS_AT_ONCE", 4096)
+        lessons, model = few_lessons(tokenizer), self.changed(seed)
+        bits = {name: value.clone() for name, value in model.state_dict().items()}
+        each = []
+        for index in range(len(lessons)):
+            batch = lessons.batch(torch.tensor([index]))
+            with torch.no_grad():
+                apart = model(batch.inputs)
+                merge(model)
+                each.append((model(batch.inputs) - apart).abs().max().item())
+                unmerge(model)
+        found, scale = changes.merged_difference(model, lessons)
+        assert found == max(each) > min(each)
+        assert 0 < found < 1e-4 * scale
+        assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())
+
+    def test_a_model_without_adapters_does_not_differ_from_itself(self, tokenizer):
+        found, scale = changes.merged_difference(llama.read(STORYTELLER), few_lessons(tokenizer))
+        assert found == 0 < scale
+
+    def test_what_is_no_number_is_no_small_difference(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(changes, "_LOGITS_AT_ONCE", 4096)
+        model, lessons = llama.read(STORYTELLER), few_lessons(tokenizer)
+        spoiled = llama.read(STORYTELLER)
+        only = tokenizer(" 3").input_ids[-1]
+        with torch.no_grad():
+            spoiled.embed_tokens.weight[only] = torch.nan
+        assert not changes.difference(model, spoiled, lessons)[0] < 1
+
+    def test_one_long_lesson_does_not_make_all_of_them_long(self, tokenizer):
+        lessons = Lessons(few_lessons(tokenizer, long_at=5).pairs * 2, tokenizer, 512)
+        model = self.changed()
+        assert lessons.block_size > 290
+        assert peak_memory(lambda: changes.merged_difference(model, lessons), "cpu") < 160e6  # 400 MB all at once
+
+    def test_a_rehearsal_meets_the_longest_lessons(self, tokenizer):
+        options = TrainerOptions(batch_size=4, weight_decay=0.0)
+        model = with_adapters(llama.read(STORYTELLER))
+        without, seconds = rehearse(model, "LoRA", few_lessons(tokenizer), options)
+        with_long, longer = rehearse(model, "LoRA", few_lessons(tokenizer, long_at=7), options)
+        assert with_long > without + 50e6
+        assert longer > 2 * seconds > 0
+
+
+def with_adapters(model):
+    inject_lora(model, 2)
+    return model
+
+
+class TestDiary:
+    def test_a_gradient_that_is_gone_stops_the_run_and_no_cause_is_guessed(self, tokenizer):
+        lessons = few_lessons(tokenizer)
+        diary = Diary(with_adapters(llama.read(STORYTELLER)), lessons, None, TrainerOptions(), every=10)
+        report = StepReport(3, 9, loss=7.5, learning_rate=1e-3, grad_norm=0.0, tokens_per_second=1.0, memory_bytes=1)
+        said = r"step 3 of 9: the loss is 7.5, and no gradient reaches the weights any more; .* 0.0001 at most"
+        with pytest.raises(DivergedError, match=said) as raised:
+            diary.follow(report)
+        assert "overflow" not in str(raised.value)
+        diary.follow(dataclasses.replace(report, loss=1e-3))  # all is learned: no gradient is needed
+        assert len(diary.reports) == 1
+
+
 class TestSizes:
     @pytest.mark.parametrize(
         ("name", "published"),
@@ -173,6 +311,31 @@ class TestSizes:
         assert size.per_module.keys() == set(_lora.TARGETS[targets])
         assert size.nbytes("bfloat16") == 2 * size.total
         assert size.share == pytest.approx(size.total / 5_770_496)
+
+    @pytest.mark.parametrize(
+        ("method", "targets", "batch_size", "rank"),
+        [
+            ("LoRA", "all", 4, 3),
+            ("LoRA", "attention", 16, 64),
+            ("LoRA+", "feed-forward", 16, 8),
+            ("DoRA", "query and value", 16, 8),
+            ("DoRA", "all", 16, 8),
+            ("PiSSA", "all", 8, 32),
+            ("full fine-tuning", "all", 2, 8),
+            ("full fine-tuning", "all", 24, 8),
+        ],
+    )
+    def test_a_run_allocates_what_is_foreseen(self, tokenizer, method, targets, batch_size, rank):
+        params = lora.Params(method=method, targets=targets, batch_size=batch_size, rank=rank)
+        pairs = [(question, fact.answer) for fact in params.known for question in fact.training]
+        model = prepare(llama.read(STORYTELLER), method, rank, params.alpha, _lora.TARGETS[targets])
+        options = TrainerOptions(batch_size=batch_size, weight_decay=0.0)
+        nbytes, _ = rehearse(model, method, Lessons(pairs, tokenizer, 512), options)
+        assert params.predict().memory_bytes == pytest.approx(nbytes, rel=0.03)
+
+    def test_no_more_questions_are_foreseen_than_there_are(self):
+        few = [lora.Params(facts="a? b\nc? d", batch_size=size).predict() for size in (2, 100)]
+        assert few[0] == few[1]
 
     def test_modules_have_the_sides_of_the_model_s(self):
         layer = llama.read(STORYTELLER).layers[0]

@@ -230,6 +230,42 @@ def test_the_state_moves_to_another_model(options):
     assert all(torch.equal(value, state[name]) for name, value in lora_state_dict(other).items())
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_state_brings_the_start_that_it_goes_with(seed):
+    """Of two models with the same given weights and starts that differ, as PiSSA's do between two machines."""
+    one, other = decoder(), decoder()
+    generator = torch.Generator().manual_seed(seed)
+    for model in (one, other):
+        for layer in inject_lora(model, 4, start=pissa_start).values():
+            shapes = layer.adapter.A.shape, layer.adapter.B.shape
+            layer.start_from(*(0.3 * torch.randn(shape, generator=generator) for shape in shapes))
+    state = copy.deepcopy(lora_state_dict(learn(one, seed)))
+    load_lora_state_dict(other, state)
+    torch.testing.assert_close(logits(other, ids()), logits(one, ids()), atol=1e-5, rtol=1e-4)
+    for name, layer in adapted_layers(other).items():
+        torch.testing.assert_close(layer.frozen_weight, adapted_layers(one)[name].frozen_weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_take_the_mode_of_the_model(training):
+    model = decoder().train(training)
+    inject_lora(model, 4, dropout=0.5)
+    assert {module.training for module in model.modules()} == {training}
+    learn(model)
+    assert torch.equal(logits(model, ids()), logits(model, ids())) is not training
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "layers.0.mlp.up_proj", "layers.*"])
+def test_a_model_of_which_a_part_is_compiled_is_adapted_under_its_own_names(targets):
+    plain, compiled = decoder(), decoder()
+    compiled.layers[0] = torch.compile(compiled.layers[0], backend="eager")
+    wanted = list(inject_lora(plain, 4, targets=targets))
+    assert list(inject_lora(compiled, 4, targets=targets)) == wanted
+    assert list(adapted_layers(compiled)) == wanted
+    load_lora_state_dict(compiled, lora_state_dict(learn(plain)))
+    torch.testing.assert_close(logits(compiled, ids()), logits(plain, ids()), atol=1e-5, rtol=1e-4)
+
+
 def test_a_state_of_other_adapters_is_refused_whole():
     model = decoder()
     inject_lora(model, 4, targets="q_proj")
@@ -300,6 +336,7 @@ def test_lora_plus_gives_b_the_larger_rate():
     assert {id(p) for p in slow["params"]} == {id(p) for la in layers for p in (la.adapter.A, la.magnitude)}
     assert (slow["lr"], fast["lr"]) == (1e-3, 8e-3)
     torch.optim.AdamW([slow, fast])
+    assert [group["lr"] for group in lora_parameter_groups(model, lr=1e-3)] == [1e-3, 16e-3]
     with pytest.raises(InputError, match="at least 1"):
         lora_parameter_groups(model, 1e-3, ratio=0.5)
 

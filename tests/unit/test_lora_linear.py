@@ -307,6 +307,28 @@ def test_hooks_of_all_modules_see_every_layer_and_its_parts(hook):
     assert set(seen) == wanted
 
 
+@pytest.mark.parametrize("part", ["base", "adapter", "dropout"])
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_a_forward_that_was_replaced_on_a_part_is_called(kind, part):
+    """As accelerate does on each module that it brings from elsewhere."""
+    layers = [learn(kind(base_linear(seed), 4, 8), seed) for seed in SEEDS]
+    wanted, seen = together(layers, inputs()), []
+    watched = layers[1].get_submodule(part)
+    forward = watched.forward
+    watched.forward = lambda x: seen.append(part) or forward(x)
+    for one, other in zip(together(layers, inputs()), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert seen == [part]
+
+
+def test_a_layer_whose_forward_was_replaced_is_called_among_others():
+    layers, seen = [LoRALinear(base_linear(seed), 4) for seed in SEEDS], []
+    forward = layers[2].forward
+    layers[2].forward = lambda x: seen.append(x.shape) or forward(x)
+    together(layers, inputs())
+    assert seen == [inputs().shape]
+
+
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 def test_what_a_hook_makes_of_the_bases_output_counts(kind):
     base, x = base_linear(), inputs()
@@ -359,6 +381,59 @@ def test_small_steps_move_a_magnitude_beside_a_half_precision_base(seed):
         layer.magnitude.grad = torch.ones_like(layer.magnitude)
         optimizer.step()
     torch.testing.assert_close(layer.magnitude.detach(), before - 1e-3, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change", [1e-3, -1e-3, 3e-4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_magnitude_that_moved_less_than_half_precision_resolves_moves_the_outputs(change, dtype):
+    """Each output is rounded, some this way and some that; on average they move as the magnitude did."""
+    layer = DoRALinear(base_linear(bias=False, dtype=dtype), 4)
+    x = torch.randn(4000, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        layer.magnitude.mul_(1.3)  # from 1 on, half precision has no number that is nearer than half its resolution
+        before = layer(x).double()
+        layer.magnitude.mul_(1 + change)
+        after = layer(x)
+    assert after.dtype == dtype
+    moved = (after.double() * before).sum() / before.square().sum() - 1
+    assert moved.item() == pytest.approx(change, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pissa_start_makes_up_for_the_rounding_of_its_factors(seed, dtype):
+    """Where little but the principal part is in a weight, what is frozen is small, and all that is rounded is that."""
+    generator = torch.Generator().manual_seed(seed)
+    base = base_linear(seed, dtype=dtype)
+    principal = torch.randn(16, 4, generator=generator) @ torch.randn(4, 24, generator=generator)
+    with torch.no_grad():
+        base.weight.copy_(principal)
+    given = base.weight.double()
+    layer = LoRALinear(base, 4, 8, start=pissa_start)
+    assert layer.adapter.A.dtype == layer.base.weight.dtype == dtype
+    update = layer.adapter.scaling * (layer.adapter.A.double() @ layer.adapter.B.double()).T
+    largest_rest = layer.base.weight.abs().max().item()
+    assert largest_rest < 0.1 * given.abs().max()
+    assert (layer.base.weight.double() + update - given).abs().max() < torch.finfo(dtype).eps * largest_rest
+    torch.testing.assert_close(layer.original_weight().double(), given, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_start_inside_the_weight_is_finite_or_refused_and_then_nothing_has_changed(alpha, dtype):
+    base = base_linear(dtype=dtype)
+    with torch.no_grad():
+        base.weight.mul_(30_000)
+    bits, given = base.weight.detach().clone(), base(inputs(dtype=dtype))
+    if (alpha, dtype) == (1e-6, torch.float16):
+        with pytest.raises(InputError, match=r"too large for torch\.float16 .*: give it float32 adapters, or a larger"):
+            LoRALinear(base, 4, alpha, start=pissa_start)
+        assert torch.equal(base.weight, bits)
+    else:
+        layer = LoRALinear(base, 4, alpha, start=pissa_start)
+        assert all(parameter.isfinite().all() for parameter in layer.parameters())
+        if dtype == torch.float32:
+            torch.testing.assert_close(layer(inputs()), given, atol=1e-4 * given.abs().max().item(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -13,15 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+import engine.trainer
 from engine import training_state
 from engine.data import IGNORED, Batch, TokenBlocks, create_test_dataset
 from engine.errors import InputError
+from engine.finetuning.methods import make_trainer, prepare
 from engine.model import Decoder, ModelConfig, Parts, create_test_transformer
 from engine.trainer import DivergedError, Trainer, TrainerOptions, evaluate
 
 SEEDS = range(3)
 VOCAB, LENGTH = 30, 10
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def decoder(seed=0, parts=None, **changes):
@@ -219,6 +220,25 @@ class TestSteps:
         assert all(report.tokens_per_second > 0 for report in reports)
         assert all(report.memory_bytes > 10_000_000 for report in reports)
 
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    def test_tokens_are_counted_over_all_of_a_step_and_without_what_fills_up(self, monkeypatch, accumulate):
+        ids = blocks(12).ids
+        lengths = torch.arange(12) % 5 + 4
+
+        class Filled(TokenBlocks):
+            def batch(self, indices, generator=None):
+                inputs, targets = super().batch(indices)
+                place = torch.arange(LENGTH)
+                unscored = (place >= lengths[indices][:, None]) | (place < 2)
+                return Batch(inputs, targets.masked_fill(unscored, IGNORED))
+
+        clock = iter(range(100))
+        monkeypatch.setattr(engine.trainer.time, "perf_counter", lambda: float(next(clock)))  # a step is a second
+        reports = []
+        run = trainer(dataset=Filled(ids), batch_size=12 // accumulate, accumulate=accumulate, on_step=reports.append)
+        run.train_steps(2)
+        assert [report.tokens_per_second for report in reports] == [float(lengths.sum())] * 2
+
     def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own(self):
         """24 samples, 5 a step: four steps an epoch, and the four samples that fill no step are others each time."""
         shown = []
@@ -268,12 +288,15 @@ class TestSteps:
         assert trainer(dataset=PartlyScored(), on_step=lambda report: torch.rand(3)).train_steps(4) == expected
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_the_mode_is_put_back(self, training):
+    def test_every_module_s_mode_is_put_back(self, training):
         model = decoder(dropout=0.1).train(training)
+        model.layers[1].train(not training)
+        modes = [module.training for module in model.modules()]
         run = trainer(model)
-        run.train_steps(1)
         run.evaluate()
-        assert model.training is training
+        assert [module.training for module in model.modules()] == modes
+        run.train_steps(1)
+        assert [module.training for module in model.modules()] == modes
 
 
 class TestContract:
@@ -360,6 +383,29 @@ class TestResuming:
         assert begun + run.resume() == expected
         assert run.resume() == []
 
+    @pytest.mark.parametrize("method", ["LoRA", "LoRA+", "DoRA", "PiSSA"])
+    @pytest.mark.parametrize("after", [0, 1, 4])
+    def test_with_adapters_too_of_which_alone_something_is_remembered(self, tmp_path, method, after):
+        def run(seed, stop=None):
+            torch.manual_seed(seed)
+            adapted = prepare(decoder(0, dropout=0.3), method, 2, 4.0, ("q_proj", "up_proj"))
+            options = TrainerOptions(batch_size=4, learning_rate=1e-2, seed=3)
+            return make_trainer(adapted, method, blocks(), options, cancelled=stop)
+
+        whole = run(0)
+        expected = whole.train_steps(6)
+        first = run(0, Stop(after))
+        assert first.train_steps(6) == expected[:after]
+        first.save(tmp_path / "run.safetensors")
+        tensors, _ = training_state.read(tmp_path / "run.safetensors")
+        remembered = {name.removeprefix("optimizer.").rpartition(".")[0] for name in tensors if "optimizer." in name}
+        learning = {name for name, parameter in whole.model.named_parameters() if parameter.requires_grad}
+        assert remembered == (learning if after else set())
+        second = run(99)
+        second.load(tmp_path / "run.safetensors")
+        assert second.resume() == expected[after:]
+        assert same(weights(second.model), weights(whole.model))
+
     def test_tied_weights_are_stored_once_and_stay_tied(self, tmp_path):
         model = decoder()
         run = trainer(model)
@@ -426,10 +472,10 @@ class TestForeignCheckpoints:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"d_model": 32}, r"embed_tokens\.weight is 30×32, here it is 30×16"),
+            ({"d_model": 32}, r"embed_tokens\.weight is 30×32 in float32, here it is 30×16 in float32"),
             ({"num_layers": 1}, r"layers\.1\..* is missing, here it is"),
             ({"num_layers": 3}, r"layers\.2\..* here it is missing"),
-            ({"tie_embeddings": False}, r"lm_head\.weight is 30×16, here it is missing"),
+            ({"tie_embeddings": False}, r"lm_head\.weight is 30×16 in float32, here it is missing"),
         ],
     )
     def test_of_another_shape(self, tmp_path, changes, words):
@@ -440,11 +486,24 @@ class TestForeignCheckpoints:
         make = functools.partial(self.saved, tmp_path / "run.safetensors", trainer(dataset=blocks(count)))
         self.refuse(make, f"trained on {count} samples of 10 tokens, here are 24 of 10")
 
-    def test_of_another_text_of_the_same_sizes(self, tmp_path):
-        make = functools.partial(
-            self.saved, tmp_path / "run.safetensors", trainer(dataset=TokenBlocks(blocks(24).ids.flip(0)))
-        )
+    @pytest.mark.parametrize("changed", [0, 12, 23])
+    def test_of_another_text_of_the_same_sizes(self, tmp_path, changed):
+        ids = blocks(24).ids.clone()
+        ids[changed, 3] = (ids[changed, 3] + 1) % VOCAB
+        make = functools.partial(self.saved, tmp_path / "run.safetensors", trainer(dataset=TokenBlocks(ids)))
         self.refuse(make, "other samples of the same sizes")
+
+    def test_of_the_same_samples_of_which_other_parts_are_drawn(self, tmp_path):
+        class OtherDraws(PartlyScored):
+            def batch(self, indices, generator=None):
+                torch.rand(1, generator=generator)
+                return super().batch(indices, generator)
+
+        run = trainer(dataset=PartlyScored())
+        run.train_steps(1)
+        run.save(tmp_path / "run.safetensors")
+        with pytest.raises(InputError, match="other samples of the same sizes"):
+            trainer(dataset=OtherDraws()).load(tmp_path / "run.safetensors")
 
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
     def test_truncated(self, tmp_path, share):
@@ -469,7 +528,9 @@ class TestForeignCheckpoints:
 
         self.refuse(make, "no checkpoint of a training run")
 
-    @pytest.mark.parametrize("facts", ["{}", "[]", "{", '{"step": 1, "samples": 24, "block_size": 10, "options": 3}'])
+    @pytest.mark.parametrize(
+        "facts", ["{}", "[]", "{", '{"step": 1, "samples": 24, "block_size": 10, "options": 3}', "[" * 100_000]
+    )
     def test_a_header_that_says_something_else(self, tmp_path, facts):
         def make():
             tensors, _ = training_state.read(self.saved(tmp_path / "run.safetensors"))
@@ -508,6 +569,37 @@ class TestForeignCheckpoints:
             return tmp_path / "run.safetensors"
 
         self.refuse(make, "damaged or incomplete")
+
+    @pytest.mark.parametrize(
+        ("name", "spoil"),
+        [
+            ("random.cpu", torch.zeros_like),
+            ("random.cpu", torch.Tensor.float),
+            ("optimizer.norm.weight.exp_avg", lambda value: value + math.nan),
+            ("optimizer.norm.weight.exp_avg_sq", lambda value: value + math.nan),
+            ("optimizer.norm.weight.exp_avg_sq", lambda value: -value - 1),
+            ("optimizer.norm.weight.exp_avg_sq", torch.Tensor.long),
+            ("optimizer.norm.weight.step", lambda value: value * math.inf),
+            ("optimizer.norm.weight.step", torch.zeros_like),
+            ("model.norm.weight", lambda value: value + math.nan),
+        ],
+    )
+    def test_a_part_of_the_right_shape_that_training_cannot_have_left(self, tmp_path, name, spoil):
+        def make():
+            tensors, facts = training_state.read(self.saved(tmp_path / "run.safetensors", trainer(decoder(8))))
+            training_state.write(tmp_path / "run.safetensors", tensors | {name: spoil(tensors[name])}, facts)
+            return tmp_path / "run.safetensors"
+
+        self.refuse(make, "damaged or incomplete")
+
+    def test_weights_in_another_dtype(self, tmp_path):
+        def make():
+            tensors, facts = training_state.read(self.saved(tmp_path / "run.safetensors"))
+            changed = {"model.norm.weight": tensors["model.norm.weight"].bfloat16()}
+            training_state.write(tmp_path / "run.safetensors", tensors | changed, facts)
+            return tmp_path / "run.safetensors"
+
+        self.refuse(make, r"norm\.weight is 16 in bfloat16, here it is 16 in float32")
 
 
 class SpoiledGradient(torch.autograd.Function):
@@ -646,7 +738,6 @@ class TestBadInput:
 
 
 @pytest.mark.gpu
-@GPU
 class TestOnAGPU:
     @pytest.mark.parametrize("options", [{}, {"precision": "bfloat16", "accumulate": 2}])
     def test_takes_the_steps_that_a_cpu_takes(self, options):
