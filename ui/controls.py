@@ -28,6 +28,7 @@ Number = int | float
 _MANY_OPTIONS = 4
 _STEPS = 100
 _QUOTED = 40
+_SEED = "seed"
 _BIND: dict[str, Any] = {"bind": "query-params"}
 
 
@@ -42,7 +43,8 @@ class Look:
         step: the slider's step.
         options: what there is to choose from, for a field whose choices depend on data.
         name: turns an option into what is shown (and written into the URL).
-        widget: ``"area"`` for text of several lines, ``"line"`` for one, ``"select"`` for a list instead of buttons.
+        widget: ``"area"`` for text of several lines, ``"line"`` for one, ``"select"`` for a list instead of buttons,
+            ``"number"`` for a number to be typed instead of a slider.
         value: the default instead of the model's.
     """
 
@@ -53,7 +55,7 @@ class Look:
     step: Number | None = None
     options: Sequence[Any] | None = None
     name: Callable[[Any], str] = str
-    widget: Literal["area", "line", "select"] | None = None
+    widget: Literal["area", "line", "select", "number"] | None = None
     value: Any = None
 
 
@@ -112,8 +114,9 @@ class _Field:
 def controls(model: type[ExperimentParams], *, prefix: str, fields: Sequence[str], **looks: Look) -> dict[str, Any]:
     """Draw a widget for each of `fields` and return what they hold.
 
-    A whole number or a number with bounds becomes a slider, one without a number field, a bool a toggle, a Literal
-    buttons or (when there are many) a list, a str a text field. ``json_schema_extra`` of a field may say ``widget``
+    A whole number or a number with bounds becomes a slider, one without a number field, and so does a seed, which is a
+    name and no amount; a bool becomes a toggle, a Literal buttons or (when there are many) a list, a str a text field.
+    ``json_schema_extra`` of a field may say ``widget``
     (as in `Look`) and ``step``. Values from the URL that make no sense are replaced by the default, and
     a note says which and by what.
 
@@ -162,7 +165,7 @@ def _field(info: FieldInfo, key: str, field: str, look: Look) -> _Field:
         step=step,
         options=list(look.options) if look.options is not None else literals,
         name=look.name,
-        widget=look.widget or extra.get("widget"),
+        widget=look.widget or extra.get("widget") or ("number" if field == _SEED else None),
     )
 
 
@@ -244,7 +247,7 @@ def _draw(spec: _Field) -> Any:
 
 def _draw_number(spec: _Field, value: Number | None, common: dict[str, Any]) -> Number | None:
     low, high, kind = spec.minimum, spec.maximum, spec.kind
-    if spec.optional or low is None or high is None:
+    if spec.optional or low is None or high is None or spec.widget == "number":
         if low is not None:
             common["min_value"] = kind(low)
         if high is not None:

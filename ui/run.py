@@ -33,6 +33,9 @@ WARM_UP = ("engine.pretrained", "engine.attention")  # imported by the workers b
 _PREVIOUS = "What you see is the previous result."
 _PARTIAL = "What you see is what it had until then."
 _RUNNING = ("queued", "running")
+_LONG_WAIT = " Trainings, sweeps and benchmarks have the device one at a time."
+_LEFT = "seconds_left"  # what a job says of a part of it; the time that is shown is the whole job's
+_SHARES = ("accuracy", "score", "share")
 _restart_lock = Lock()
 
 
@@ -216,6 +219,13 @@ def is_running(key: str) -> bool:
     return _is_under_way(slot) and _is_under_way(_settled(slot, key, 0))
 
 
+def is_waiting(key: str) -> bool:
+    """Whether the job of `key` has been asked for and has not begun; when it does, `watch` has the page drawn again."""
+    waits = is_running(key) and _waits(_slot(key))
+    st.session_state[_said_to_wait(key)] = waits
+    return waits
+
+
 def problem(key: str) -> str | None:
     """Why the last job of `key` gave no result; None if it gave one, or is under way."""
     slot = _slot(key)
@@ -236,6 +246,14 @@ def ask(experiment: str, params: ExperimentParams, *, key: str) -> None:
 def ask_again(key: str) -> None:
     """Let the next `run` of `key` compute anew, whatever is known; the last good result stays until then."""
     _keep(key, replace(_slot(key) or _Slot("", None), params=None))
+
+
+def _waits(slot: _Slot) -> bool:
+    return slot.ticket is None or slot.ticket.state == "queued"
+
+
+def _said_to_wait(key: str) -> str:
+    return f"_run_{key}_waits"
 
 
 def _is_under_way(slot: _Slot | None) -> bool:
@@ -288,7 +306,7 @@ def _settled(slot: _Slot, key: str, seconds: float) -> _Slot:
 def _progress(key: str) -> None:
     """Progress of the job of `key`, redrawn by itself; once the job has ended the page is drawn again."""
     slot = _running(key)
-    _show_progress(slot, key, _status(slot.ticket), _seen(slot))
+    _show_progress(slot, key, _status(slot.ticket, slot.params), _seen(slot))
 
 
 def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int) -> None:
@@ -299,7 +317,10 @@ def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int)
     partial = slot.partial
     if slot.ticket is not None:
         slot = _running(key)
-        status = _status(slot.ticket, brief=partial is not None)
+        if st.session_state.get(_said_to_wait(key)) and not _waits(slot):  # what is drawn elsewhere says that it waits
+            st.session_state[_said_to_wait(key)] = False
+            st.rerun()
+        status = _status(slot.ticket, slot.params, brief=partial is not None)
         _show_progress(slot, key, status, "" if partial is not None else _seen(slot))
     elif slot.problem is not None:
         _show_problem(slot, key)
@@ -348,23 +369,34 @@ def _cancel(key: str) -> None:
         _keep(key, replace(slot, stopping=True))
 
 
-def _status(ticket: Ticket, brief: bool = False) -> tuple[float, str]:
+def _status(ticket: Ticket, params: ExperimentParams, brief: bool = False) -> tuple[float, str]:
     """How far the job is, from 0 to 1, and in words, with its numbers unless these are to be `brief`."""
     if ticket.state == "queued":
+        if not starting().result().devices():
+            return 0.0, f"The worker is {STARTING}"
         ahead = ticket.place - 1 if ticket.place else 0
-        if ahead:
-            return 0.0, f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…"
-        return 0.0, "Next in line…" if starting().result().devices() else f"The worker is {STARTING}"
+        why = _LONG_WAIT if params.lane == "long" else ""
+        return 0.0, (f"Waiting: {ahead} {'job' if ahead == 1 else 'jobs'} ahead…" if ahead else "Next in line…") + why
     progress = ticket.progress
     if progress is None:
         return 0.0, f"Running for {ticket.seconds:.0f} s…"
     parts = [f"Step {progress.step} of {progress.total}"]
     if not brief:
-        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.numbers.items()]
+        parts += [_number(name, value) for name, value in progress.numbers.items() if name != _LEFT]
     if progress.step:
         left = ticket.seconds * (progress.total - progress.step) / progress.step
         parts.append(f"about {left:.0f} s left")
     return min(1.0, progress.step / progress.total), " · ".join(parts)
+
+
+def _number(name: str, value: float) -> str:
+    """A number of a progress report in words, e.g. ``"held-out accuracy 14%"``, ``"2,138 tokens/s"``, ``"run 3"``."""
+    words = name.replace("held_out", "held-out").replace("_", " ")
+    if name.endswith("_per_second"):
+        return f"{value:,.0f} {words.removesuffix(' per second')}/s"
+    if name.endswith(_SHARES):
+        return f"{words} {value:.0%}"
+    return f"{words} {value:,.0f}" if float(value).is_integer() else f"{words} {value:.3g}"
 
 
 def _show_problem(slot: _Slot, key: str) -> None:

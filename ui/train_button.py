@@ -13,7 +13,13 @@ Params = TypeVar("Params", bound=ExperimentParams)
 
 
 def train_button(
-    params: Params | None, started: Params | None, start: Callable[[Params], None], *, running: bool, prefix: str
+    params: Params | None,
+    started: Params | None,
+    start: Callable[[Params], None],
+    *,
+    running: bool,
+    waiting: bool,
+    prefix: str,
 ) -> None:
     """Draw the button, and below it what the settings have to do with what is seen.
 
@@ -22,11 +28,12 @@ def train_button(
         started: those that were last trained with; None before the first training.
         start: is called with `params` when the button is pressed.
         running: whether a training is under way.
+        waiting: whether it has not begun, as others hold the device.
         prefix: the lab's.
     """
     label, icon = ("Train", "play_arrow") if started is None else ("Train again", "replay")
     st.button(
-        "Training…" if running else label,
+        ("Waiting…" if waiting else "Training…") if running else label,
         key=f"_{prefix}_train",
         type="primary",
         icon=f":material/{'hourglass_top' if running else icon}:",

@@ -15,6 +15,14 @@ import numpy as np
 SHIPPED = Path(__file__).parents[1] / "storyteller"
 """The small model: its tokenizer, its held-out stories and the log of its training."""
 
+SAID_TWICE = 2 * "kQ7fZw3XjB9vRy5G"
+"""A text to see an induction head on: letters and digits that no tokenizer joins, so that each is a token, read twice.
+
+A short run learns to look back on random tokens alone, on which it is scored; on a sentence said twice its heads hardly
+do. On this text the head of the default run gives 90% to 95% of its second round's attention to the stripe with seeds
+0, 1 and 2.
+"""
+
 _SEPARATOR = "<|endofstory|>"  # as in engine.pretraining.run, which needs torch
 
 

@@ -1,5 +1,7 @@
 """The pictures of low-rank updates carry the numbers they are given, to scale."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,10 +63,28 @@ def test_the_layer_map_has_a_row_a_layer_and_blanks_where_nothing_is_adapted(cou
 
 def test_a_pooled_map_keeps_its_numbers_on_the_matrix_own_axes():
     pooled = np.random.default_rng(0).uniform(size=(32, 64))
-    (trace,) = charts.delta_map(pooled, 256, 128).data
+    fig = charts.delta_map(pooled, 128, 256)
+    (trace,) = fig.data
     np.testing.assert_array_equal(trace.z, pooled)
     assert (trace.x[0], trace.x[-1]) == (2, 254)
     assert (trace.y[0], trace.y[-1]) == (2, 126)
+    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("output →", "input ↓")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_a_matrix_lies_in_the_map_of_its_update_as_it_is_drawn_to_scale(inputs, outputs):
+    frozen = charts.to_scale(inputs, outputs, 8).data[0]
+    (update,) = charts.delta_map(np.ones((4, 4)), inputs, outputs).data
+    assert extent(frozen) == (outputs, inputs)
+    assert (update.x[0] + update.x[-1], update.y[0] + update.y[-1]) == (outputs, inputs)
+
+
+def test_the_label_of_a_narrow_matrix_keeps_its_two_sides_together():
+    narrow = charts.to_scale(28672, 8192, 8).layout
+    assert "28,672 × 8,192" in narrow.annotations[0].text
+    letters = max(len(line) for line in narrow.annotations[0].text.split("<br>"))
+    assert narrow.margin.r >= 7.5 * letters  # of 14 pixels: a phone has no other room beside W
+    assert "256 × 768" in charts.to_scale(256, 768, 8).layout.annotations[0].text
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 64])
@@ -138,6 +158,20 @@ def test_every_run_is_a_point_and_yours_is_ringed(rank):
     ]
 
 
+@pytest.mark.parametrize(
+    "losses", [(4.2, 4.0, 2.6), (1.5, 0.7, 0.4), (3.2, 0.002, 0.0009), (2.0, 2.0, 2.0), (1.0, float("nan"), 0.5)]
+)
+def test_losses_of_every_size_are_told_apart_and_no_ring_is_cut(losses):
+    points = [replace(point, loss=loss) for point, loss in zip(POINTS, losses, strict=True)]
+    fig = charts.sweep(points, 1, (10_000, 5_800_000))
+    assert fig.layout.yaxis.type == "log"
+    low, high = 10 ** np.array(fig.layout.yaxis.range)
+    seen = [loss for loss in losses if loss > 0]
+    assert low < min(seen) <= max(seen) < high
+    assert high / low >= 10  # of 1, 2 and 5 there are then three at least
+    assert all(trace.cliponaxis is False for trace in fig.data)
+
+
 def test_the_settings_of_a_run_are_told_over_its_point():
     for trace in charts.sweep(POINTS, None, (10_000, 5_800_000)).data[:3]:
         assert list(trace.customdata) == [POINTS[1].settings, POINTS[2].settings, POINTS[0].settings]
@@ -156,7 +190,7 @@ def test_a_rank_that_was_not_run_has_no_ring_and_the_axis_stays():
 BARS = [
     StepBar("floor", 0, 22.0, None, None, None),
     StepBar("ours, eager", 1, 62.0, (60.0, 71.0), 10.4, 1),
-    StepBar("ours, compiled", 1, 59.0, (58.5, 59.5), 9.0, 1, earlier=True),
+    StepBar("ours, compiled", 1, 59.0, (58.5, 59.5), 9.0, 1),
     StepBar("PEFT", 2, 124.0, (124.0, 128.0), 15.9, 0),
 ]
 
@@ -174,11 +208,6 @@ def test_a_step_s_bars_are_its_time_and_its_memory_side_by_side(mode):
     assert memory.marker.color == times.marker.color
     assert list(floor.x) == [22]
     assert floor.error_x.array is None  # arithmetic has no spread
-
-
-def test_what_an_earlier_run_measured_is_hatched_and_only_that():
-    for trace in charts.steps(BARS, "recorded").data[:2]:
-        assert [bool(shape) for shape in trace.marker.pattern.shape] == [False, True, False]
 
 
 def test_every_number_stands_right_of_its_whisker():

@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +19,16 @@ from streamlit.testing.v1 import AppTest
 
 from engine import local_models
 from engine.errors import InputError
-from engine.experiments import _lora, lora_sweep
+from engine.experiments import _lora, lora, lora_sweep
 from tests.ui.lab_pages import APP, SECONDS, finished, words
+from ui.charts import lora as charts
 from ui.labs import LORA
-from ui.lora import size, speed, sweep
+from ui.lora import predict, size, speed, sweep
 from ui.lora.explore import VIEWS
 from ui.lora.inside import grid
-from ui.lora.settings import count, share
-from ui.lora.spectrum import label
-from ui.lora.upload import CONFIG_FILE, MAX_MEGABYTES, WEIGHTS_FILE, adapter_files
+from ui.lora.settings import count, probability, share
+from ui.lora.spectrum import energy_sentence, label, labels, spectrum_sentence
+from ui.lora.upload import CONFIG_FILE, MAX_MEGABYTES, WEIGHTS_FILE, IncompleteError, adapter_files
 
 FACTS = "Who lives in the red house? Mina\nWhat does Odo bake? | cakes"
 SHORT = {"steps": 12, "batch_size": 4, "rank": 2, "facts": FACTS}
@@ -98,6 +100,7 @@ class TestFineTuning:
     def test_what_is_learned_is_told_before_anything_runs(self, lab):
         app = lab(view="Fine-tune", **TOWN)
         assert "learns 60 facts about a town" in words(app)
+        assert "a link brings settings, not results" in words(app)
         assert app.table[0].value["Trained on"][0].replace("\\", "") == _lora.read_facts()[0].training[0]
 
     def test_a_run_ends_with_the_answers_before_and_after_and_the_adapter(self, lab):
@@ -122,6 +125,9 @@ class TestFineTuning:
     def test_own_facts_are_learned(self, lab):
         app = train(lab(steps=40, learning_rate=0.01))
         assert "Your own facts have no paraphrases" in words(app)
+        assert "Of the facts, each asked in one of the wordings that it trains on, 0% were" in words(app)
+        assert "100% of the probability" not in words(app)
+        assert not [control for control in app.get("button_group") if "lora_answers" in control.proto.id]
         assert sorted(app.table[0].value["Answer"]) == ["Mina", "cakes"]
         assert "0 of 2 answers were right before, 2 are now" in words(app)
 
@@ -161,6 +167,7 @@ class TestFineTuning:
         app = train(lab(learning_rate=10, steps=60))
         assert "Training diverged at step" in words(app)
         assert "What was learned until then is shown" in words(app)
+        assert "What suits LoRA here is about 0.005" in words(app)
         assert "The weights moved by" in words(look(app, "Inside the update"))
 
 
@@ -174,7 +181,9 @@ class TestInside:
         found = app.session_state["_run_lora_run"].result
         table = np.array(app.session_state["_run_lora_run"].result.relative_norm)
         assert f"{label(found.layers[int(table.argmax())])}" in words(app)
-        assert f"is {found.effective_rank[table.argmax()]:.1f}; over all matrices" in words(app)
+        median = np.median(found.effective_rank)
+        told = f"it is {found.effective_rank[table.argmax()]:.1f}, and {median:.1f} in the median of all matrices"
+        assert told in words(app)
         if method == "full fine-tuning":
             assert "no gradients of theirs" in words(app)
         elif method == "PiSSA":
@@ -184,21 +193,67 @@ class TestInside:
             assert "A's gradient is exactly 0" in words(app)
             assert "Merged, W + ΔW is one matrix again" in words(app)
 
+    @pytest.mark.parametrize("sigma", [(3.0, 1.0, 0.5), (1.0, 1.0, 1.0), (9.0, 0.1, 0.1)])
+    def test_the_share_in_words_is_the_one_that_is_drawn(self, sigma):
+        found = spectra(2, sigma)
+        drawn = charts.energy(np.array(sigma), 1.0).data[0].y
+        enough = next(place for place, held in enumerate(drawn) if held >= 0.9)
+        assert f" {drawn[enough]:.0%} of ‖ΔW‖²" in energy_sentence(found, 0)
+
     def test_another_matrix_is_opened(self, lab):
         app = train(lab(view="Inside the update"))
         found = app.session_state["_run_lora_run"].result
         app.selectbox(key="lora_layer").set_value(found.layers[3])
         finished(app)
-        assert f"{label(found.layers[3]).capitalize()}: the strongest direction" in words(app)
+        assert f"{label(found.layers[3]).capitalize()}: the largest singular value is" in words(app)
         assert spec(app, "lora_inside_spectrum")["data"][1]["name"] == label(found.layers[3])
 
 
 class TestPredicting:
-    def test_the_share_is_told_after_the_guess(self, lab):
+    def test_the_share_is_told_nowhere_before_the_guess(self, lab):
         app = lab(tab="Predict", rank=8)
-        assert "233,472 of" not in words(app)
+        assert not any(number in words(app) for number in ("233,472", "233 k", "4%"))
         app = lab(tab="Predict", rank=8, share="10%")
-        assert "It is 4%: 233,472 of" in words(app)
+        whole = lora.Params(rank=8).predict().parameters
+        assert f"You said 10%, it is 4%: 233,472 of {whole:,}, 2.5 times less." in words(app)
+        assert "233 k" in words(app)
+
+    @pytest.mark.parametrize("rank", [1, 2, 8, 16, 32, 64])
+    @pytest.mark.parametrize("method", ["LoRA", "full fine-tuning"])
+    def test_one_choice_is_right_and_close(self, rank, method):
+        cost = lora.Params(rank=rank, method=method).predict()
+        right = [part for part in predict._SHARES if predict.share_sentence(part, cost)[0]]
+        assert len(right) == 1
+        assert max(right[0] * cost.parameters / cost.trainable, cost.trainable / cost.parameters / right[0]) < 1.6
+
+    def test_a_guess_is_kept_as_the_training_starts(self, lab):
+        app = lab(tab="Predict", guess=20, steps=1000)
+        app.button(key="_lora_train").click().run()
+        end = time.monotonic() + SECONDS
+        while "You said 20%" not in words(app):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            app.run()
+        app.slider(key="lora_guess").set_value(100).run()
+        assert "You said 20%" in words(app)
+        assert "well guessed" not in words(app)
+        app.button(key="_cancel_lora_run").click()
+        finished(app)
+        assert "You said 20%" in words(app)
+        assert "the run was cancelled before: your guess is neither right nor wrong" in words(app)
+        assert "expected" not in words(app)
+
+    def test_a_training_that_diverges_judges_no_guess(self, lab):
+        app = train(lab(tab="Predict", guess=0, learning_rate=10, steps=60))
+        assert "but the run diverged before" in words(app)
+        assert "well guessed" not in words(app)
+
+    def test_a_guess_that_was_never_made_is_not_judged(self, lab):
+        app = train(lab())
+        app.session_state["lora_tab"] = "Predict"
+        finished(app)
+        assert "Nothing was guessed before this run" in words(app)
+        assert "You said" not in words(app)
 
     def test_the_guess_lies_beside_what_was_measured(self, lab):
         app = lab(tab="Predict", guess=0, steps=40, learning_rate=0.01)
@@ -207,7 +262,9 @@ class TestPredicting:
         assert "You said 0%, it is 100% after step 40: the model learned more than you expected" in words(app)
         app.slider(key="lora_guess").set_value(95)
         finished(app)
-        assert "well guessed" in words(app)
+        assert "You said 0%" in words(app)  # a guess after the answer was seen is none
+        train(app)
+        assert "You said 95%, it is 100% after step 40: well guessed" in words(app)
 
 
 def points():
@@ -318,8 +375,9 @@ class TestSpeed:
             way: row["evidence"]["median_ms"] for way, row in newest.items()
         }
         assert floor["x"] == [log["runs"][-1]["floor"]["floor_ms"]]
-        assert sorted(times["x"]) == sorted(row["evidence"]["median_ms"] for row in newest.values())
-        assert sorted(memory["x"]) == pytest.approx(sorted(row["peak_mb"] / 1e3 for row in newest.values()))
+        assert speed.WAYS.keys() <= newest.keys()
+        assert times["x"] == [newest[way]["evidence"]["median_ms"] for way in speed.WAYS]
+        assert memory["x"] == pytest.approx([newest[way]["peak_mb"] / 1e3 for way in speed.WAYS])
 
     def test_it_says_where_and_when_and_what_each_run_was(self, lab, log):
         said = words(lab(view="Speed"))
@@ -327,43 +385,47 @@ class TestSpeed:
             assert part in said
         assert all(run["note"] in said for run in log["runs"])
 
-    def test_the_hatched_are_those_of_the_earlier_run(self, lab, log):
-        times = spec(lab(view="Speed"), "lora_speed")["data"][0]
-        hatched = {x for x, shape in zip(times["x"], times["marker"]["pattern"]["shape"], strict=True) if shape}
-        assert hatched == {said_of(log, 0, way)[0] for way in ("ours compiled", "PEFT compiled")}
+    def test_the_sentence_compares_equal_code_and_says_when_it_is_not(self):
+        found = _lora.recorded_steps()
+        said, cost = speed.speed_sentence(found), found.latest
+        at = []
+        for ours, theirs in (
+            ("ours", "PEFT"),
+            ("ours, Decoder", "PEFT, Decoder"),
+            ("ours compiled", "PEFT compiled"),
+            ("ours, Decoder", "PEFT"),
+        ):
+            fast, slow = cost[ours], cost[theirs]
+            told = (
+                f"{fast.median_ms:.1f} against {slow.median_ms:.1f} ms, {slow.median_ms / fast.median_ms:.1f}×, and "
+                f"{fast.peak_bytes / 1e9:.1f} against {slow.peak_bytes / 1e9:.1f} GB"
+            )
+            assert told in said
+            at.append(said.index(told))
+        assert at[-1] > said.index("Ours in our Decoder beside PEFT in transformers'") > max(at[:-1])
 
-    def test_the_sentence_compares_equal_code_and_says_when_it_is_not(self, log):
-        said = speed.speed_sentence(_lora.recorded_steps())
-        pairs = {
-            ("ours, Decoder", "PEFT", 1): "2.0",
-            ("ours", "PEFT", 1): "1.4",
-            ("ours, Decoder", "PEFT, Decoder", 1): "1.7",
-            ("ours compiled", "PEFT compiled", 0): "1.3",
-        }
-        for (ours, theirs, run), times in pairs.items():
-            (fast, light), (slow, heavy) = said_of(log, run, ours), said_of(log, run, theirs)
-            assert f"{slow / fast:.1f}" == times
-            assert f"{fast:.1f} against {slow:.1f} ms, {times}×" in said
-            assert f"{light:.1f} against {heavy:.1f} GB" in said
-        assert "2.0× is reached only together with our Decoder's code" in said
-        assert said.index("1.4×") < said.index("1.7×") < said.index("2.0×")
-        assert "both of an earlier run" in said
+    def test_it_tells_of_the_precision_that_is_part_of_the_difference(self):
+        found = _lora.recorded_steps()
+        said, cost = speed.precision_sentence(found), found.latest
+        for way in ("ours bf16", "PEFT bf16", "ours bf16, Decoder", "PEFT bf16, Decoder"):
+            assert f"{cost[way].median_ms:.1f}" in said
+        without = tuple(step for step in found.measured if "bf16" not in step.way)
+        assert "bfloat16 throughout" not in speed.precision_sentence(replace(found, measured=without))
 
-    def test_a_profile_of_older_code_explains_in_shares_and_not_in_milliseconds(self, log):
-        profile = log["runs"][0]["profile"]
+    def test_the_profile_is_told_in_shares(self, log):
+        profile = next(run["profile"] for run in log["runs"] if "profile" in run)
         said = speed.rest_sentence(_lora.recorded_steps())
-        assert f"{profile['all_kernels_ms']:.1f}" not in said
-        assert "older code" in said
         for kernels_ms in profile["kernels_ms"].values():
             assert f"{kernels_ms / profile['all_kernels_ms']:.0%}" in said
-        assert "older code" not in speed.rest_sentence(replace(_lora.recorded_steps(), profiled=None))
+        assert "profile" not in speed.rest_sentence(replace(_lora.recorded_steps(), profiled=None))
 
-    def test_it_does_not_hide_where_lora_is_slower_than_full_fine_tuning(self, log):
-        said = speed.saving_sentence(_lora.recorded_steps())
+    def test_it_does_not_hide_where_lora_is_slower_than_full_fine_tuning(self):
+        found = _lora.recorded_steps()
+        said, cost = speed.saving_sentence(found), found.latest
         for way in ("full", "ours", "PEFT"):
-            assert f"{said_of(log, 1, way)[0]:.1f}" in said
-        assert said_of(log, 1, "full")[0] < said_of(log, 1, "ours")[0]
-        assert "more time than they save" in said
+            assert f"{cost[way].median_ms:.1f}" in said
+        assert cost["ours"].median_ms < cost["full"].median_ms < cost["PEFT"].median_ms
+        assert "eager, PEFT's cost more time than they save" in said
 
     def test_losses_are_told_beside_repeated_runs_and_another_start(self, log):
         """As long as these two can be told apart, and beyond, where a repeated run drifts as far as another start."""
@@ -377,8 +439,7 @@ class TestSpeed:
         for steps, digits in ((7, 3), (8, 3), (50, 2)):
             places = [said.find(told(*pair, steps, digits)) for pair in pairs]
             assert min(places) >= 0
-        assert told("ours bf16", "PEFT", 50, 2) == "1.13"
-        assert "bfloat16 1.13 from PEFT" in said
+        assert f"bfloat16 {told('ours bf16', 'PEFT', 50, 2)} from PEFT" in said
         assert "weak after that" in said
         assert "within the spread" not in said
 
@@ -421,6 +482,7 @@ class TestBadInput:
     def test_a_text_that_is_no_facts_is_one_sentence_and_stays(self, lab):
         app = lab(facts="This is a story without a question.")
         assert "is no fact: write" in words(app)
+        assert not any(box.error for box in app.expander)  # it is seen while the facts are folded away
         assert app.text_area(key="lora_facts").value == "This is a story without a question."
 
     def test_nonsense_in_the_address_is_ignored_and_said(self, lab):
@@ -521,6 +583,39 @@ class TestUpload:
         with pytest.raises(InputError, match="Deflate"):
             adapter_files([File("a.zip", packed.getvalue())])
 
+    def test_half_an_adapter_is_told_from_a_wrong_file(self):
+        for given in ([], [WEIGHTS], [CONFIG]):
+            with pytest.raises(IncompleteError):
+                adapter_files(given)
+        for given in ([WEIGHTS, WEIGHTS, CONFIG], [File("a.zip", b"no zip")], [zipped(readme_dot_md=b"x")]):
+            with pytest.raises(InputError) as caught:
+                adapter_files(given)
+            assert not isinstance(caught.value, IncompleteError)
+
+    def test_after_a_wrong_file_the_right_one_is_judged_alone(self, lab):
+        app = lab(view="Your adapter")
+        app.file_uploader[0].upload("bad.zip", b"no zip at all", "application/zip")
+        finished(app)
+        assert "no readable zip" in words(app)
+        assert "adapter from before" not in words(app)
+        trained = app.session_state["_lora_upload_turn"]
+        app.file_uploader[0].upload("it.zip", zipped(**PACKED).getvalue(), "application/zip")
+        finished(app)
+        assert "no readable zip" not in words(app)
+        assert app.query_params["lora_adapter"]
+        assert app.session_state["_lora_upload_turn"] > trained
+        app.file_uploader[0].upload("bad.zip", b"no zip at all", "application/zip")
+        finished(app)
+        assert "no readable zip. Give" in words(app)
+        assert "What is drawn below is still the adapter from before." in words(app)
+
+    def test_half_an_adapter_waits_for_the_other_half(self, lab):
+        app = lab(view="Your adapter")
+        app.file_uploader[0].upload(WEIGHTS_FILE, b"w", "application/octet-stream")
+        finished(app)
+        assert f"{CONFIG_FILE} is missing" in words(app)
+        assert app.file_uploader[0].value
+
     def test_the_page_says_where_the_file_stays_and_who_can_open_it(self, lab):
         said = words(lab(view="Your adapter"))
         assert "kept on this server's disk" in said
@@ -603,10 +698,80 @@ def test_every_start_of_the_lab_is_a_setting_that_there_is(lab):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("layers.3.self_attn.q_proj", "layer 3, q_proj"), ("lm_head", "layer 0, lm_head")]
+    ("name", "said"),
+    [
+        ("layers.3.self_attn.q_proj", "layer 3, q_proj"),
+        ("lm_head", "lm_head"),
+        ("model.embed.proj", "model.embed.proj"),
+    ],
 )
 def test_a_matrix_has_a_short_name(name, said):
     assert label(name) == said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["encoder.layers.0.q_proj", "decoder.layers.0.q_proj", "decoder.layers.1.q_proj"],
+        ["layers.0.experts.0.w1", "layers.0.experts.1.w1"],
+    ],
+)
+def test_matrices_that_a_short_name_would_confuse_keep_their_names(names):
+    assert labels(names) == names
+    assert labels(["layers.0.a.q_proj", "layers.1.a.q_proj", "lm_head"]) == [
+        "layer 0, q_proj",
+        "layer 1, q_proj",
+        "lm_head",
+    ]
+
+
+def spectra(count, sigma=(3.0, 1.0, 0.5)):
+    """Updates of layers that have all the same singular values."""
+    sigma = np.array(sigma)
+    names = [f"layers.{number}.attn.q_proj" for number in range(count)]
+    return SimpleNamespace(layers=names, spectra=np.tile(sigma, (count, 1)), effective_rank=np.linspace(2, 3, count))
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, ""), (2, "The thin line is the other matrix."), (5, "The thin lines are the other 4 matrices.")],
+)
+def test_the_other_matrices_are_those_that_there_are(count, said):
+    words = spectrum_sentence(spectra(count), 0)
+    assert words.endswith(said or "is 0.5.")
+    assert ("thin" in words) == bool(said)
+    assert words.startswith("Layer 0, q_proj: the largest singular value is 3, the second 1, the last of 3 is 0.5.")
+
+
+def test_directions_are_counted_by_squares_and_the_effective_rank_by_values_and_it_is_said():
+    words = energy_sentence(spectra(4, (9.0, 1.0, 1.0)), 0)
+    assert "Of 3 directions the strongest alone holds 98% of ‖ΔW‖²" in words
+    assert "by the singular values themselves" in words
+    assert "it is 2.0, and 2.5 in the median of all matrices" in words
+    assert "the 2 strongest hold 100%" in energy_sentence(spectra(2, (1.0, 1.0, 0.01)), 0)
+    assert "median" not in energy_sentence(spectra(1), 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (0.0027, "99.7%"),
+        (0.0, "> 99.9%"),
+        (1e-5, "> 99.9%"),
+        (0.001, "99.9%"),
+        (0.7, "50%"),
+        (3.2, "4.1%"),
+        (20, "< 0.01%"),
+    ],
+)
+def test_a_softmax_never_gives_everything(loss, said):
+    assert probability(loss) == said
+
+
+@pytest.mark.parametrize("loss", np.geomspace(1e-7, 20, 30))
+def test_no_loss_is_a_probability_of_all(loss):
+    assert probability(loss) != "100%"
+    assert probability(loss).endswith("%")
 
 
 def test_values_stand_at_their_layer_and_projection():
@@ -620,12 +785,19 @@ def test_views_are_named_once():
     assert len(set(VIEWS)) == len(VIEWS) == 6
 
 
-@pytest.mark.parametrize(("part", "said"), [(0.0404, "4%"), (0.00021, "0.021%"), (1.0, "100%"), (0.996, "100%")])
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [(0.0404, "4%"), (0.00021, "0.021%"), (1.0, "100%"), (0.996, "99.6%"), (0.99996, "> 99.9%"), (1.12, "112%")],
+)
 def test_shares_have_two_digits(part, said):
     assert share(part) == said
 
 
 def test_the_time_of_smollm2_is_told_before_it_is_trained(lab):
     app = lab(model="smollm2-135m", steps=150, batch_size=16)
-    assert "SmolLM2 takes about 5 minutes" in words(app)
+    assert "SmolLM2 takes minutes on a CPU, longer with longer facts" in words(app)
+    assert "about 5 minutes" not in words(app)  # that was the town's
+    town = lab(model="smollm2-135m", steps=150, batch_size=16, **TOWN)
+    assert "SmolLM2 takes about 5 minutes" in words(town)
+    assert "recorded" not in words(town)
     assert "SmolLM2 takes" not in words(lab(steps=150))

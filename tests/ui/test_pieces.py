@@ -4,14 +4,17 @@ import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
 from engine.experiments.attention_effect import Params
-from ui import evidence, export, labs, source, theme
+from engine.runtime.jobs import Progress
+from ui import evidence, export, labs, run, source, theme
 from ui.prose import plain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,3 +193,66 @@ def test_plain_text_begins_no_block_of_code():
 @pytest.mark.parametrize("entity", ["&lt;b&gt;", "&#91;", "&amp;"])
 def test_plain_text_holds_no_entity(entity):
     assert not re.search(r"(?<!\\)&", plain(entity))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("held_out_accuracy", 0.1417, "held-out accuracy 14%"),
+        ("induction_score", 0.9, "induction score 90%"),
+        ("tokens_per_second", 2138.4, "2,138 tokens/s"),
+        ("loss", 1.3921, "loss 1.39"),
+        ("run", 3.0, "run 3"),
+        ("learning_rate", 0.008, "learning rate 0.008"),
+    ],
+)
+def test_a_number_of_a_report_is_said_in_words(name, value, said):
+    assert run._number(name, value) == said
+
+
+def ticket(**values):
+    return SimpleNamespace(state="running", place=0, seconds=13.0, progress=None, **values)
+
+
+def test_a_job_has_one_time_that_is_left():
+    """That of the whole, not that of a part of it."""
+    part_of_a_sweep = ticket()
+    part_of_a_sweep.progress = Progress(52, 1200, {"loss": 1.392, "seconds_left": 18.55, "run": 1})
+    share, words = run._status(part_of_a_sweep, Params())
+    assert words == "Step 52 of 1200 · loss 1.39 · run 1 · about 287 s left"
+    assert share == 52 / 1200
+
+
+@pytest.mark.parametrize("lane", ["short", "long"])
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_what_waits_in_the_long_lane_says_for_what(monkeypatch, lane, place):
+    runtime = Future()
+    runtime.set_result(SimpleNamespace(devices=lambda: ["a device"]))
+    monkeypatch.setattr(run, "starting", lambda: runtime)
+    waiting = ticket()
+    waiting.state, waiting.place = "queued", place
+    _, words = run._status(waiting, SimpleNamespace(lane=lane))
+    assert ("one at a time" in words) == (lane == "long")
+    assert (f"{place - 1} job" if place > 1 else "Next in line") in words
+
+
+def test_a_page_that_says_it_waits_is_drawn_again_once_when_the_job_begins(monkeypatch):
+    drawn_again = []
+    waiting = ticket(shown=None)
+    waiting.state = "queued"
+    state = {"_run_key": run._Slot("training", Params(), ticket=waiting)}
+    page = SimpleNamespace(session_state=state, rerun=lambda: drawn_again.append(1), skeleton=lambda height: None)
+    monkeypatch.setattr(run, "st", page)
+    monkeypatch.setattr(run, "_show_progress", lambda *_: None)
+    monkeypatch.setattr(run, "_status", lambda *_, **__: (0.0, ""))
+    monkeypatch.setattr(run, "_settled", lambda slot, *_: slot)
+    assert run.is_waiting("key")
+    for _ in range(3):
+        run._watch("key", lambda *_: None, 100)
+    assert not drawn_again
+    waiting.state = "running"
+    run._watch("key", lambda *_: None, 100)
+    assert drawn_again == [1]
+    assert not run.is_waiting("key")
+    run._watch("key", lambda *_: None, 100)
+    assert drawn_again == [1]

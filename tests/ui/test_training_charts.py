@@ -27,21 +27,31 @@ def test_a_curve_has_its_points_its_name_and_its_axes():
     assert fig.layout.yaxis.title.text == "loss"
 
 
-def test_single_steps_are_faint_behind_their_running_mean():
+def test_single_steps_are_faint_behind_their_smoothed_curve_and_both_are_named():
     noisy = Y + np.random.default_rng(0).normal(size=40)
     faint, smooth = draw(Line("loss", X, noisy, 0, raw=True)).data
     np.testing.assert_array_equal(faint.y, noisy)
     assert faint.opacity < 0.5
-    assert not faint.showlegend
+    assert (faint.name, smooth.name) == ("loss", "smoothed")
+    assert faint.showlegend is not False
     assert np.abs(np.diff(smooth.y)).mean() < np.abs(np.diff(noisy)).mean() / 2
 
 
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 40])
 @pytest.mark.parametrize("window", [1, 4, 15])
-def test_the_running_mean_is_the_mean_of_the_last_few(length, window):
+def test_smoothing_takes_as_many_values_on_either_side(length, window):
     values = np.random.default_rng(length).normal(size=length)
-    expected = [values[max(0, place - window + 1) : place + 1].mean() for place in range(length)]
-    np.testing.assert_allclose(charts.running_mean(values, window), expected)
+    sides = [min(window // 2, place, length - 1 - place) for place in range(length)]
+    expected = [values[place - side : place + side + 1].mean() for place, side in enumerate(sides)]
+    np.testing.assert_allclose(charts.smoothed(values, window), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_smoothed_curve_does_not_lag_and_ends_where_the_values_do(seed):
+    line = np.linspace(8, 1, 100)
+    np.testing.assert_allclose(charts.smoothed(line), line)
+    burst = np.append(np.random.default_rng(seed).uniform(5, 6, 4), 20.0)  # a training that diverges at step 5
+    np.testing.assert_allclose(charts.smoothed(burst)[[0, -1]], burst[[0, -1]])
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
@@ -54,7 +64,7 @@ def test_what_was_recorded_is_dashed_and_grey(mode):
 def test_recorded_steps_are_a_dotted_mean_without_the_faint_ones():
     (trace,) = draw(Line("recorded", X, Y, None, raw=True)).data
     assert trace.line.dash == "dot"
-    np.testing.assert_allclose(trace.y, charts.running_mean(Y))
+    np.testing.assert_allclose(trace.y, charts.smoothed(Y))
 
 
 def test_an_empty_curve_is_left_out_and_a_single_point_is_seen():

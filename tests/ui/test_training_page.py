@@ -68,13 +68,14 @@ def test_nothing_runs_before_it_is_asked_for_and_the_cost_is_predicted(lab):
 def test_a_run_is_drawn_alone_along_its_steps(lab):
     app = train(lab())
     assert "All 60 steps were taken" in words(app)
-    assert f"guessing costs {math.log(training.VOCAB_SIZE):.2f}) to" in words(app)
-    assert names(app, "training_loss")[:3] == ["training loss, single steps", "training loss", "held-out loss"]
+    assert f"guessing evenly costs ln 320 = {math.log(training.VOCAB_SIZE):.2f}) to" in words(app)
+    assert names(app, "training_loss")[:3] == ["training loss", "smoothed", "held-out loss"]
     # Its steps hold other numbers of tokens than the storyteller's, which is not drawn.
     assert names(app, "training_loss")[3:] == ["text it reads", "random, said again"]
     assert names(app, "training_heads") == ["induction", "previous token", "copied right"]
-    assert "the last tenth of the text" in words(app)
+    assert "tokens to learn from; its last tenth" in words(app)
     assert "No induction head formed in 60 steps" in words(app)
+    assert "One layer cannot have one" in words(app)
     assert "An induction head looks for the last time" in words(app)
     assert "60% of what it reads is random tokens said twice" in words(app)
     before, now = json.loads(app.get_by_key("training_look_back").proto.spec)["data"]
@@ -138,10 +139,30 @@ def test_the_same_settings_can_be_trained_again(lab):
     assert app.session_state["_run_training_run"].result.seconds != before  # measured anew, to the nanosecond
 
 
-def test_a_rate_that_is_too_high_names_the_step(lab):
-    app = train(lab(learning_rate=10))
+def test_a_rate_that_is_too_high_names_the_step_and_judges_no_guess(lab):
+    app = train(lab(learning_rate=10, tab="Predict", guess=4.0))
+    assert "but the run diverged before" in words(app)
+    assert "expected" not in words(app)
+    app.query_params["training_tab"] = app.session_state["training_tab"] = "Explore"
+    finished(app)
     assert "Training diverged at step" in words(app)
     assert "What was learned until then is shown" in words(app)
+
+
+def test_what_guessing_costs_is_told_apart_from_what_an_untrained_model_pays(lab):
+    app = lab(tab="Predict")
+    assert f"ln 320 = {math.log(training.VOCAB_SIZE):.2f} nats" in words(app)
+    assert "has learned nothing pays a little more" in words(app)
+
+
+def test_a_seed_is_typed_and_steps_say_that_the_rate_stretches_with_them(lab):
+    app = lab(seed=7)
+    assert app.number_input(key="training_seed").value == 7
+    assert "stretch over all of them" in app.slider(key="training_steps").help
+
+
+def test_a_link_says_that_it_brings_settings_alone(lab):
+    assert "a link brings settings, not results" in words(lab())
 
 
 class TestBadInput:
@@ -283,7 +304,8 @@ def test_the_guess_is_seen_beside_the_run_as_it_goes(lab):
     app.button(key="_cancel_training_run").click()
     finished(app)
     assert "You said 5.9" in words(app)
-    assert "of 2000, where it ended: no verdict" in words(app)
+    assert "You guessed for 2000 steps, but the run was cancelled before" in words(app)
+    assert "neither right nor wrong" in words(app)
     assert "than you expected" not in words(app)
 
 
@@ -361,10 +383,13 @@ def test_the_model_opens_in_the_attention_lab(lab, monkeypatch, tmp_path):
     folder = Path(app.query_params["attention_model"])
     assert folder.parent == tmp_path / "uploads"
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
-    found = app.session_state["_run_training_run"].result
-    assert app.query_params["attention_text"] == f"{found.prompt} {found.prompt}"
-    seen = attention.run(attention.Params(model=str(folder), text=f"{found.prompt} {found.prompt}"), LocalJob())
+    text = app.query_params["attention_text"]
+    seen = attention.run(attention.Params(model=str(folder), text=text), LocalJob())
     assert seen.attention.shape[:2] == (1, 2)
+    period = len(seen.tokens) // 2
+    assert seen.tokens == list(text)  # one token each, so that the second round repeats the first
+    assert seen.tokens[:period] == seen.tokens[period:]
+    assert len(set(seen.tokens)) == period
 
 
 def test_a_full_disk_is_one_sentence(lab, monkeypatch):

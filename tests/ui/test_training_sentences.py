@@ -93,20 +93,34 @@ class TestMixture:
 class TestInduction:
     def test_the_head_that_formed_has_its_name(self):
         found = result(held_out=(5.8, 4, 3), induction=(0.02, 0.6, 0.9), heads=((0, 1), (1, 0), (1, 0)))
-        assert sentences.induction(found).startswith(
-            "An induction head formed by step 40: layer 1, head 0, whose score is 60% there and 90% at the end."
+        assert sentences.induction(found, 2).startswith(
+            "An induction head formed by step 40: layer 1, head 0, which scored 60% then and scores 90% at the end."
         )
         assert sentences.formed(found) == 1
 
     def test_another_one_that_is_better_at_the_end_has_its_own(self):
         found = result(held_out=(5.8, 4, 3), induction=(0.02, 0.6, 0.9), heads=((0, 1), (1, 0), (1, 1)))
-        assert "layer 1, head 0, whose score is 60% there and, of layer 1, head 1, 90% at" in sentences.induction(found)
+        words = sentences.induction(found, 2)
+        assert "layer 1, head 0, which scored 60% then. The best at the end is layer 1, head 1, with 90%." in words
 
     def test_none_has_no_name_and_no_moment(self):
         found = result(induction=(0.02, 0.3))
-        assert "No induction head formed" in sentences.induction(found)
-        assert "layer" not in sentences.induction(found)
+        assert "No induction head formed" in sentences.induction(found, 2)
+        assert "layer" not in sentences.induction(found, 2)
         assert sentences.formed(found) is None
+
+    @pytest.mark.parametrize("ended", ["running", "finished", "diverged"])
+    def test_one_layer_is_told_why_it_has_none_and_not_to_read_more(self, ended):
+        found = result(induction=(0.02, 0.06), ended=ended)
+        assert sentences.ONE_LAYER in sentences.induction(found, 1)
+        assert "storyteller" not in sentences.induction(found, 1)
+        assert sentences.ONE_LAYER not in sentences.induction(found, 2)
+        assert ("storyteller" in sentences.induction(found, 2)) == (ended != "running")
+
+    def test_the_best_score_has_its_step_where_the_last_is_another(self):
+        found = result(held_out=(5.8, 4, 9), induction=(0.05, 0.02, 0.0))
+        assert "the best score of a head is 5% after step 0 and 0% after step 80" in sentences.induction(found, 2)
+        assert "score of a head is 5%, of" in sentences.induction(result(induction=(0.01, 0.05)), 2)
 
     def test_the_maps_are_read_where_the_lines_are(self):
         maps = np.zeros((2, 8, 8), np.float16)
@@ -114,6 +128,11 @@ class TestInduction:
         words = sentences.look_back(dataclasses.replace(result(), head_maps=maps))
         assert "4 random tokens said twice" in words
         assert "3 tokens back: 0% of its attention before the first step, 75% after step 40" in words
+
+    @pytest.mark.parametrize("score", [0.11, 0.9])
+    def test_the_map_s_share_and_the_score_are_told_apart(self, score):
+        words = sentences.look_back(result(induction=(0.0, score)))
+        assert f"of this one sequence; its score above, {score:.0%}, is the mean over other random tokens" in words
 
 
 def test_the_storyteller_is_explained_with_its_own_numbers():
@@ -169,11 +188,24 @@ class TestProgress:
         assert words == "Half of all progress was made by step 80 of 160."
         assert "progress so far was" in sentences.progress(result(ended="running"))
 
-    @pytest.mark.parametrize("held_out", [(5.8,), (5.8, 5.8), (5.8, 9.0), (5.8, 5.79)])
+    @pytest.mark.parametrize("held_out", [(5.8,), (5.8, 5.8), (5.8, 5.79), (5.8, 5.84)])
     def test_without_progress_there_is_no_half_of_it(self, held_out):
         words = sentences.progress(result(held_out=held_out, steps=1))
         assert "Half" not in words
         assert "has not clearly fallen" in words
+
+    @pytest.mark.parametrize("last", [5.9, 9.0, 20.88])
+    def test_a_loss_that_rose_is_said_to_have_risen(self, last):
+        words = sentences.progress(result(held_out=(5.8, last), ended="diverged"))
+        assert f"has risen: from 5.80 nats a token before the first step to {last:.2f}" in words
+        assert "fallen" not in words
+
+    def test_a_loss_that_fell_and_rose_has_both(self):
+        words = sentences.progress(result(held_out=(5.8, 4.0, 6.5), ended="diverged"))
+        assert (
+            words
+            == "Half of all progress was made by step 40 of 80. After step 40 the loss rose again, from 4.00 to 6.50."
+        )
 
 
 def test_the_speed_is_that_of_the_steps_alone():

@@ -24,7 +24,9 @@ _GAP = 0.02  # between W and the strips, as a share of its longer side
 _FRAME = theme.CATEGORIES["light"][1]  # is seen on either end of cividis, where the dark mode's is not
 _BAR = 0.46  # width of a bar, where the next one is 1 away; the label is above it
 _BETWEEN = 0.35  # more between groups
+_FEW_DECADES = 2.5
 _WIDE = 0.8  # outputs for each input from which W has room for its own label
+_BESIDE = 120  # pixels for that label beside W
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ class StepBar:
         spread_ms: 10th and 90th percentile; None for what is calculated and not measured.
         peak_gb: memory in GB of 10^9 bytes; None likewise.
         colour: index into `theme.CATEGORIES`; None is the grey of what learns nothing.
-        earlier: measured in an earlier run than the others; is hatched.
     """
 
     label: str
@@ -69,7 +70,6 @@ class StepBar:
     spread_ms: tuple[float, float] | None
     peak_gb: float | None
     colour: int | None
-    earlier: bool = False
 
 
 def to_scale(inputs: int, outputs: int, rank: int, *, mode: theme.Mode = "light") -> go.Figure:
@@ -107,8 +107,8 @@ def to_scale(inputs: int, outputs: int, rank: int, *, mode: theme.Mode = "light"
     fig.update_layout(
         annotations=[
             {
-                "text": f"<b>W</b> {inputs:,}{' ' if inside else '<br>'}× {outputs:,}<br>{inputs * outputs:,}<br>"
-                "numbers, frozen",
+                "text": f"<b>W</b>{' ' if inside else '<br>'}{inputs:,} × {outputs:,}<br>{inputs * outputs:,}<br>"
+                f"numbers,{' ' if inside else '<br>'}frozen",
                 "y": inputs / 2,
                 "align": "center" if inside else "left",
                 **frozen,
@@ -131,7 +131,7 @@ def to_scale(inputs: int, outputs: int, rank: int, *, mode: theme.Mode = "light"
                 **label,
             },
         ],
-        margin={"l": 40, "r": 24, "t": 30, "b": 10},
+        margin={"l": 40, "r": 24 if inside else _BESIDE, "t": 30, "b": 10},
         showlegend=False,
         dragmode=False,
     )
@@ -192,27 +192,27 @@ def layer_map(
 
 
 def delta_map(pooled: np.ndarray, inputs: int, outputs: int) -> go.Figure:
-    """|ΔW| of one matrix, each place the largest number of a block.
+    """|ΔW| of one matrix, each place the largest number of a block; drawn as W is in `to_scale`.
 
     Args:
-        pooled: outputs down, inputs across, each at most 64 blocks.
+        pooled: inputs down, outputs across, each at most 64 blocks.
         inputs, outputs: I and O, of the matrix itself.
     """
     rows, columns = pooled.shape
     fig = go.Figure(
         go.Heatmap(
             z=pooled,
-            x=(np.arange(columns) + 0.5) * inputs / columns,
-            y=(np.arange(rows) + 0.5) * outputs / rows,
+            x=(np.arange(columns) + 0.5) * outputs / columns,
+            y=(np.arange(rows) + 0.5) * inputs / rows,
             zmin=0,
             colorscale=theme.MAGNITUDE,
             colorbar=_scale("largest |ΔW| of a block", ".2g"),
-            hovertemplate="input %{x:.0f}, output %{y:.0f}<br>|ΔW| up to %{z:.3g}<extra></extra>",
+            hovertemplate="input %{y:.0f}, output %{x:.0f}<br>|ΔW| up to %{z:.3g}<extra></extra>",
         )
     )
     fig.update_layout(margin={"l": 60, "r": 8, "t": 62, "b": 70}, dragmode=False)
-    fig.update_xaxes(title="input →", showgrid=False, zeroline=False)
-    fig.update_yaxes(title="output ↓", autorange="reversed", showgrid=False, zeroline=False)
+    fig.update_xaxes(title="output →", showgrid=False, zeroline=False)
+    fig.update_yaxes(title="input ↓", autorange="reversed", showgrid=False, zeroline=False)
     return fig
 
 
@@ -364,6 +364,7 @@ def sweep(
                 showlegend=row == 1,
                 mode="markers",
                 marker={"size": 14, "symbol": "circle-open", "line": {"width": 2.5}, "color": surface.ink},
+                cliponaxis=False,
                 hoverinfo="skip",
                 row=row,
                 col=1,
@@ -372,8 +373,9 @@ def sweep(
     margin = 0.06 * max(high - low, 0.5)
     fig.update_xaxes(type="log", exponentformat="SI", dtick=1, range=[low - margin, high + margin])
     fig.update_xaxes(title="numbers trained", row=2)
-    top = max((point.loss for point in points), default=1.0)
-    fig.update_yaxes(title="loss, nats a token", range=[0, 1.25 * top or 1.0], row=1)
+    seen = _loss_range([point.loss for point in points])
+    ticks = "D2" if seen[1] - seen[0] < _FEW_DECADES else 1  # D2: at 1, 2 and 5
+    fig.update_yaxes(title="loss, nats a token", type="log", range=seen, dtick=ticks, tickformat="~g", row=1)
     fig.update_yaxes(title="answers right", tickformat=".0%", range=[-0.04, 1.06], row=2)
     fig.update_layout(
         margin={"l": 64, "r": 20, "t": 44, "b": 50}, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
@@ -396,15 +398,7 @@ def steps(bars: Sequence[StepBar], note: str, *, mode: theme.Mode = "light") -> 
     placed = list(zip(bars, heights, strict=True))
     measured = [(bar, height) for bar, height in placed if bar.spread_ms is not None]
     calculated = [(bar, height) for bar, height in placed if bar.spread_ms is None]
-    marker = {
-        "color": [surface.muted if bar.colour is None else colours[bar.colour] for bar, _ in measured],
-        "pattern": {
-            "shape": ["/" if bar.earlier else "" for bar, _ in measured],
-            "fgcolor": surface.paper,
-            "fillmode": "overlay",
-            "size": 7,
-        },
-    }
+    marker = {"color": [surface.muted if bar.colour is None else colours[bar.colour] for bar, _ in measured]}
     shared = {"y": [height for _, height in measured], "marker": marker}
     fig = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.64, 0.36], horizontal_spacing=0.06)
     fig.add_bar(
@@ -494,6 +488,18 @@ def captured_energy(sigma: np.ndarray) -> np.ndarray:
     energy = np.square(sigma, dtype=np.float64)
     total = energy.sum()
     return energy.cumsum() / total if total > 0 else np.zeros_like(energy)
+
+
+def _loss_range(losses: Sequence[float]) -> list[float]:
+    """log₁₀ of what a logarithmic axis of losses shows, with room for the label above the highest.
+
+    A run that diverged has none; a loss that has become 0 in its precision has no place.
+    """
+    seen = [math.log10(loss) for loss in losses if loss > 0]
+    low, high = (min(seen), max(seen)) if seen else (-1.0, 0.0)
+    room = max(high - low, 0.8)  # at least a decade in all, so that there are ticks
+    missing = (room - (high - low)) / 2
+    return [low - missing - 0.1 * room, high + missing + 0.2 * room]
 
 
 def _block(

@@ -16,7 +16,9 @@ from plotly.subplots import make_subplots
 from ui import theme
 from ui.charts.attention import SQUARE_ROOT
 
-_WINDOW = 15
+WINDOW = 15
+"""Steps over which a noisy curve is averaged."""
+
 _MAX_POINTS = 600
 
 
@@ -28,8 +30,8 @@ class Line:
         name: in the legend.
         x, y: its points.
         colour: index into `theme.CATEGORIES`; None is the grey of what was recorded, dashed.
-        raw: whether these are single steps: their running mean is drawn, and they themselves faintly behind it unless
-            they were recorded.
+        raw: whether these are single steps: they are drawn faintly behind their smoothed curve, which alone is drawn
+            of what was recorded.
         dotted: whether it is, so that one that lies under it is seen.
     """
 
@@ -185,11 +187,15 @@ def look_back(before: np.ndarray, now: np.ndarray, titles: tuple[str, str], *, m
     return fig.update_layout(margin={"l": 48, "r": 8, "t": 28, "b": 44}, dragmode=False)
 
 
-def running_mean(values: np.ndarray, window: int = _WINDOW) -> np.ndarray:
-    """The mean of the last `window` values at each place, of fewer where there are not yet so many."""
-    total = np.cumsum(values)
-    before = np.concatenate([np.zeros(min(window, len(values))), total[:-window]])
-    return (total - before) / np.minimum(np.arange(1, len(values) + 1), window)
+def smoothed(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """The mean of `window` values around each place, of as many on either side as there are on both.
+
+    So it lags behind nothing, and begins and ends with the values themselves.
+    """
+    place = np.arange(len(values))
+    side = np.minimum(window // 2, np.minimum(place, place[::-1]))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[place + side + 1] - total[place - side]) / (2 * side + 1)
 
 
 def _moment(
@@ -222,7 +228,7 @@ def _traces(line: Line, share: bool, mode: theme.Mode) -> list[dict[str, object]
     recorded = line.colour is None
     dash = "dot" if line.dotted or (recorded and line.raw) else "dash" if recorded else "solid"
     colour = theme.CATEGORIES[mode][-1 if recorded else line.colour]
-    smooth = running_mean(line.y) if line.raw else line.y
+    smooth = smoothed(line.y) if line.raw else line.y
     drawn = {
         "type": "scatter",
         "name": line.name,
@@ -236,12 +242,10 @@ def _traces(line: Line, share: bool, mode: theme.Mode) -> list[dict[str, object]
     if not line.raw or recorded:
         return [drawn]
     faint = drawn | {
-        "name": f"{line.name}, single steps",
         "y": line.y[thin],
         "line": {"color": colour, "width": 1},
-        "opacity": 0.3,
-        "showlegend": False,
+        "opacity": 0.4,
         "hoverinfo": "skip",
     }
     del faint["hovertemplate"]
-    return [faint, drawn]
+    return [faint, drawn | {"name": "smoothed"}]

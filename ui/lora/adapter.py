@@ -12,7 +12,7 @@ from engine.experiments import lora_adapter
 from ui import run
 from ui.lora import spectrum
 from ui.lora.settings import PREFIX, RUN, Settings
-from ui.lora.upload import MAX_MEGABYTES, WEIGHTS_FILE, Upload, adapter_files
+from ui.lora.upload import MAX_MEGABYTES, WEIGHTS_FILE, IncompleteError, Upload, adapter_files
 from ui.prose import plain
 
 _ADDRESS = f"{PREFIX}_adapter"
@@ -41,9 +41,12 @@ def adapter(_: Settings) -> None:
             on_click=_take_last,
             args=(last,),
         )
-    if problem := st.session_state.get(_PROBLEM):
-        st.error(plain(problem), icon=":material/edit:")
     name = st.query_params.get(_ADDRESS)
+    if problem := st.session_state.get(_PROBLEM):
+        st.error(
+            plain(problem if name is None else f"{problem} What is drawn below is still the adapter from before."),
+            icon=":material/edit:",
+        )
     if name is None:
         if not given:
             st.caption(
@@ -65,21 +68,34 @@ def adapter(_: Settings) -> None:
 
 
 def _take(key: str) -> None:
-    """Keep what was uploaded under what it holds, and put that into the address."""
+    """Keep what was uploaded under what it holds, and put that into the address.
+
+    The place to upload is empty afterwards, so that the next file is not judged together with this one; only half of an
+    adapter stays there and waits for the other.
+    """
     uploads: list[Upload] = st.session_state[key] or []
     st.session_state[_PROBLEM] = None
     if not uploads:
         return
     try:
         _open(adapter_files(uploads))
+    except IncompleteError as error:
+        st.session_state[_PROBLEM] = str(error)
+        return
     except InputError as error:
         st.session_state[_PROBLEM] = str(error)
+    _empty()
 
 
 def _take_last(last: Any) -> None:
     st.session_state[_PROBLEM] = None
-    st.session_state[_TURN] = st.session_state.get(_TURN, 0) + 1  # an empty place to upload
+    _empty()
     _open(adapter_files([_Archive(last.archive)]))
+
+
+def _empty() -> None:
+    """Put an empty place to upload where the present one is."""
+    st.session_state[_TURN] = st.session_state.get(_TURN, 0) + 1
 
 
 def _open(files: dict[str, bytes]) -> None:

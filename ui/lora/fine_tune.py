@@ -9,7 +9,7 @@ import streamlit as st
 from engine.experiments import _lora, lora
 from ui import chart, export, run, theme
 from ui.charts import training as charts
-from ui.lora.settings import PREFIX, RUN, Settings, share, size
+from ui.lora.settings import PREFIX, RUN, Settings, probability, size
 from ui.prose import plain
 
 _HEIGHT = 320
@@ -30,7 +30,8 @@ def _before(params: lora.Params) -> None:
     facts = _lora.parse_facts(params.facts) if params.facts.strip() else _lora.read_facts()
     st.info(
         plain(
-            f"Nothing is trained yet. Press “Train”: the model learns {len(facts)} facts "
+            "Nothing is trained yet in this session; a link brings settings, not results. Press “Train”: the model "
+            f"learns {len(facts)} facts "
             f"{'of yours' if params.facts.strip() else 'about a town that nobody has written about'}, which it cannot "
             "know, and you see its answers before and after."
         ),
@@ -67,6 +68,14 @@ def _draw(found: lora.Result, params: lora.Params) -> None:
     _answers(found)
 
 
+def ending_sentence(found: lora.Result, params: lora.Params) -> str:
+    """How the run ended and, where its learning rate was too high, which one its method begins with."""
+    own = lora.LEARNING_RATES[params.method]
+    if found.ended != "diverged" or params.rate <= own:
+        return found.ending
+    return f"{found.ending} What suits {params.method} here is about {own:g}: “the method's own”."
+
+
 def _state(found: lora.Result, params: lora.Params) -> None:
     """How a run stands, in one place of one height whether it is running or not."""
     if found.ended == "running":
@@ -76,7 +85,7 @@ def _state(found: lora.Result, params: lora.Params) -> None:
         )
         return
     words = plain(
-        f"{found.ending} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}, "
+        f"{ending_sentence(found, params)} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}, "
         f"{size(found.peak_memory_bytes)} at its peak. {found.trainable:,} of {found.parameters:,} numbers were "
         f"trained, with a learning rate up to {found.learning_rate:g}."
     )
@@ -97,7 +106,7 @@ def _state(found: lora.Result, params: lora.Params) -> None:
             icon=":material/download:",
             on_click="ignore",
             width="stretch",
-            help=f"{size(len(found.archive))}: adapter_model.safetensors and adapter_config.json, which "
+            help=f"{size(len(found.archive))}, zipped: adapter_model.safetensors and adapter_config.json, which "
             "peft.PeftModel.from_pretrained opens, and the view “Your adapter” here.",
         )
 
@@ -106,11 +115,13 @@ def loss_sentence(found: lora.Result) -> str:
     """What the loss did, in words."""
     if not len(found.loss):
         return "The loss appears with the first step."
-    last = charts.running_mean(found.loss)[-1]
+    latest = found.loss[-charts.WINDOW :]
+    last = float(latest.mean())
+    over = f", the mean of the last {len(latest)} steps" if len(latest) > 1 else ""
     return (
         f"{'So far the' if found.ended == 'running' else 'The'} loss went from {found.loss[0]:.2f} nats a token of the "
-        f"answers to {last:.2g}: the right token had {share(np.exp(-found.loss[0]))} of the probability, "
-        f"{'now' if found.ended == 'running' else 'at the end'} {share(np.exp(-last))}."
+        f"answers to {last:.2g}{over}: the right token had {probability(found.loss[0])} of the probability, "
+        f"{'now' if found.ended == 'running' else 'at the end'} {probability(last)}."
     )
 
 
@@ -119,7 +130,8 @@ def accuracy_sentence(found: lora.Result) -> str:
     if not len(found.accuracy):
         return "The first answers come in a moment."
     words = (
-        f"Of the training questions {found.accuracy[0]:.0%} were answered rightly before the first step and "
+        "Of the facts, each asked in one of the wordings that it trains on, "
+        f"{found.accuracy[0]:.0%} were answered rightly before the first step and "
         f"{found.accuracy[-1]:.0%} {'by now' if found.ended == 'running' else 'at the end'}"
     )
     if not len(found.held_out_accuracy):
@@ -194,17 +206,18 @@ def _answers(found: lora.Result) -> None:
         _LEARNED: [answer for answer in found.answers if not answer.held_out],
         _PARAPHRASED: [answer for answer in found.answers if answer.held_out],
     }
-    offered = [name for name, answers in kinds.items() if answers]
-    shown = choice.segmented_control(
-        "Questions",
-        [_ALL, _LEARNED, _PARAPHRASED] if len(offered) > 2 else offered[:1],
-        default=offered[0] if offered else None,
-        required=True,
-        key=f"{PREFIX}_answers",
-        bind="query-params",
-        label_visibility="collapsed",
-    )
-    answers = sorted(kinds.get(shown, found.answers), key=lambda answer: answer.right_after)
+    shown = _ALL
+    if all(kinds.values()):
+        shown = choice.segmented_control(
+            "Questions",
+            list(kinds),
+            default=_ALL,
+            required=True,
+            key=f"{PREFIX}_answers",
+            bind="query-params",
+            label_visibility="collapsed",
+        )
+    answers = sorted(kinds[shown], key=lambda answer: answer.right_after)
     st.caption(plain(answers_sentence(answers, found.ended)))
     with st.container(height=_TABLE_HEIGHT, border=False, key=f"{PREFIX}_answer_table"):
         st.table(

@@ -106,8 +106,8 @@ def map_sentence(name: str, pooled: np.ndarray, method: _lora.Method) -> str:
     rows, columns = pooled.shape
     middle = float(np.median(pooled))
     words = (
-        f"|ΔW| of {label(name)}, as {rows} × {columns} blocks with the largest number of each: the strongest has "
-        f"{pooled.max():.2g}"
+        f"|ΔW| of {label(name)}, inputs down and outputs across, in {columns} × {rows} blocks: each shows the largest "
+        f"number in it, the strongest {pooled.max():.2g}"
     )
     if middle > 0:
         words += f", {pooled.max() / middle:.1f} times the median one"
@@ -121,7 +121,7 @@ def _map(found: lora.Result, params: lora.Params, chosen: int) -> None:
     pooled = found.delta_maps[name]
     inputs, outputs = _lora.module_shapes(_lora.shape_of(params.model))[place(name)[1]]
     key = f"{PREFIX}_delta"
-    fig = charts.delta_map(pooled, inputs, outputs)
+    fig = charts.delta_map(pooled.T, inputs, outputs)
     chart.figure(fig, key=key, sentence=map_sentence(name, pooled, params.method), height=_HEIGHT)
     export.export(
         fig,
@@ -129,7 +129,7 @@ def _map(found: lora.Result, params: lora.Params, chosen: int) -> None:
         name="lora-delta",
         experiment="lora",
         params=params,
-        data=lambda: pd.DataFrame(pooled).rename_axis("output block").reset_index(),
+        data=lambda: pd.DataFrame(pooled.T).rename_axis("input block").reset_index(),
     )
 
 
@@ -154,7 +154,7 @@ def _gradients(found: lora.Result, params: lora.Params) -> None:
             st.caption("Full fine-tuning has no A and B, and so no gradients of theirs to compare.")
         return
     key = f"{PREFIX}_gradients"
-    span = (1, max(2, min(_FIRST_STEPS, found.steps)))
+    span = (0, max(2, min(_FIRST_STEPS, found.steps)))
     fig = charts.gradients(found.step, found.grad_norm_a, found.grad_norm_b, span, mode=theme.mode())
     chart.figure(fig, key=key, sentence=gradients_sentence(found, params), height=_HEIGHT)
     export.export(

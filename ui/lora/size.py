@@ -71,7 +71,7 @@ def _totals(shape: _lora.Shape, adapter: _lora.AdapterSize, dtype: str) -> None:
         st.metric(
             "File of the adapter",
             settings.size(adapter.nbytes(dtype)),
-            help=f"The whole model takes {settings.size(width * whole)}.",
+            help=f"Its numbers alone, unpacked; the whole model's take {settings.size(width * whole)}.",
         )
         st.metric(
             "Gradients and AdamW",
@@ -86,8 +86,9 @@ def scale_sentence(inputs: int, outputs: int, rank: int) -> str:
     frozen, trained = inputs * outputs, rank * (inputs + outputs)
     words = (
         f"At rank {rank}, A and B hold {trained:,} numbers beside the {frozen:,} of W: "
-        f"{share(trained / frozen)} of it. Their product A·B has W's shape, but only {rank} independent "
-        f"direction{'s' if rank > 1 else ''}."
+        f"{share(trained / frozen)} of it. Their product ΔW = A·B has W's shape, inputs down and outputs across, but "
+        f"only {rank} independent direction{'s' if rank > 1 else ''}. (PyTorch and PEFT keep every matrix transposed, "
+        "so that PEFT writes ΔW = B·A.)"
     )
     if trained >= frozen:
         words += " Here the update has no fewer numbers than the matrix that it changes."

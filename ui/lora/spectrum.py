@@ -15,10 +15,10 @@ from ui.charts import lora as charts
 
 _HEIGHT = 340
 _NUMBER = re.compile(r"\.(\d+)\.")
-_ENERGY = 0.9
+_ENERGY = 0.9  # so much of an update is nearly all of it
 
 Place = tuple[int, str]
-"""Layer and projection."""
+"""Layer, −1 for none, and projection."""
 
 
 class Spectra(Protocol):
@@ -38,13 +38,19 @@ class Spectra(Protocol):
 def place(name: str) -> Place:
     """Layer and projection of an adapted matrix, by its name: ``"layers.3.self_attn.q_proj"`` → (3, "q_proj")."""
     number = _NUMBER.search(name)
-    return int(number[1]) if number else 0, name.rpartition(".")[2]
+    return int(number[1]) if number else -1, name.rpartition(".")[2]
 
 
 def label(name: str) -> str:
-    """A matrix in a few words, e.g. ``"layer 3, q_proj"``."""
+    """A matrix in a few words, e.g. ``"layer 3, q_proj"``; one that belongs to no layer keeps its name."""
     layer, projection = place(name)
-    return f"layer {layer}, {projection}"
+    return name if layer < 0 else f"layer {layer}, {projection}"
+
+
+def labels(names: list[str]) -> list[str]:
+    """A label of each matrix, no two alike: all keep their names where short ones would be, as with two encoders."""
+    short = [label(name) for name in names]
+    return short if len(set(short)) == len(names) else list(names)
 
 
 def choose(names: list[str], first: int, *, key: str) -> int:
@@ -52,8 +58,14 @@ def choose(names: list[str], first: int, *, key: str) -> int:
     if st.session_state.get(key) not in (None, *names):
         del st.session_state[key]
     options = sorted(names, key=lambda name: place(name)[0])
+    shown = dict(zip(names, labels(names), strict=True))
     chosen = st.selectbox(
-        "Matrix", options, index=options.index(names[first]), format_func=label, key=key, bind="query-params"
+        "Matrix",
+        options,
+        index=options.index(names[first]),
+        format_func=shown.__getitem__,
+        key=key,
+        bind="query-params",
     )
     return names.index(chosen)
 
@@ -69,7 +81,7 @@ def draw(found: Spectra, chosen: int, *, key: str, experiment: str, params: Expe
         note: a sentence more.
     """
     left, right = st.columns(2, gap="small")
-    names = [label(name) for name in found.layers]
+    names = labels(found.layers)
     with left:
         fig = charts.spectrum(found.spectra, names, chosen, mode=theme.mode())
         chart.figure(fig, key=f"{key}_spectrum", sentence=spectrum_sentence(found, chosen), height=_HEIGHT)
@@ -101,13 +113,16 @@ def draw(found: Spectra, chosen: int, *, key: str, experiment: str, params: Expe
 def spectrum_sentence(found: Spectra, chosen: int) -> str:
     """How steeply the singular values of the chosen update fall, in words."""
     sigma = found.spectra[chosen][found.spectra[chosen] > 0]
-    name = label(found.layers[chosen]).capitalize()
+    name, others = labels(found.layers)[chosen], len(found.layers) - 1
+    name = name[0].upper() + name[1:]
     if not len(sigma):
         return f"{name} did not change: all its singular values are 0."
-    words = f"{name}: the strongest direction counts {sigma[0]:.3g}"
+    words = f"{name}: the largest singular value is {sigma[0]:.3g}"
     if len(sigma) > 1:
-        words += f", the second {sigma[1]:.3g}, the last of {len(sigma)} {sigma[-1]:.2g}"
-    return f"{words}. The thin lines are the other {len(found.layers) - 1} matrices."
+        words += f", the second {sigma[1]:.3g}" if len(sigma) > 2 else ""
+        words += f", the last of {len(sigma)} is {sigma[-1]:.2g}"
+    lines = {0: "", 1: " The thin line is the other matrix."}
+    return f"{words}.{lines.get(others, f' The thin lines are the other {others} matrices.')}"
 
 
 def energy_sentence(found: Spectra, chosen: int) -> str:
@@ -115,12 +130,17 @@ def energy_sentence(found: Spectra, chosen: int) -> str:
     sigma = found.spectra[chosen]
     if not sigma.any():
         return "There is no change whose directions could be counted."
-    enough = int(np.argmax(charts.captured_energy(sigma) >= _ENERGY)) + 1
-    return (
-        f"Of {np.count_nonzero(sigma)} directions {enough} {'holds' if enough == 1 else 'hold'} {_ENERGY:.0%} of the "
-        f"change. The effective rank, which counts each by its strength, is {found.effective_rank[chosen]:.1f}; over "
-        f"all matrices {found.effective_rank.mean():.1f} on average."
+    captured = charts.captured_energy(sigma)
+    enough = int(np.argmax(captured >= _ENERGY)) + 1
+    held = "the strongest alone holds" if enough == 1 else f"the {enough} strongest hold"
+    words = (
+        f"Of {np.count_nonzero(sigma)} directions {held} {captured[enough - 1]:.0%} of ‖ΔW‖², where each counts by the "
+        "square of its singular value. The effective rank counts by the singular values themselves, so that weak ones "
+        f"weigh more: it is {found.effective_rank[chosen]:.1f}"
     )
+    if len(found.layers) == 1:
+        return f"{words}."
+    return f"{words}, and {np.median(found.effective_rank):.1f} in the median of all matrices."
 
 
 def table(layers: list[str], spectra: np.ndarray) -> pd.DataFrame:

@@ -15,23 +15,27 @@ from ui.lora.settings import PREFIX, Settings, count
 from ui.prose import plain
 
 _HEIGHT = 640
-_BENCHMARK = "tests/benchmarks/lora_training_step.py"
+_BENCHMARK = "tests.benchmarks.lora_training_step"
 
 _TELLING = 7  # steps in which repeated runs stay together; there are eight batches
 
-# Group, label and colour of each way of training, in the order in which they are drawn.
-_WAYS = {
+WAYS = {
     "frozen": (1, "frozen, transformers' code, no adapters", None),
     "ours, Decoder": (2, "ours, our Decoder", 0),
     "ours": (2, "ours, transformers' code", 0),
+    "ours bf16, Decoder": (2, "ours, our Decoder, bfloat16 adapters", 0),
+    "ours bf16": (2, "ours, transformers' code, bfloat16 adapters", 0),
     "ours, Decoder compiled": (2, "ours, our Decoder, compiled", 0),
     "ours compiled": (2, "ours, transformers' code, compiled", 0),
     "PEFT, Decoder": (3, "PEFT, our Decoder", 1),
     "PEFT": (3, "PEFT, transformers' code", 1),
+    "PEFT bf16, Decoder": (3, "PEFT, our Decoder, bfloat16 adapters", 1),
+    "PEFT bf16": (3, "PEFT, transformers' code, bfloat16 adapters", 1),
     "PEFT compiled": (3, "PEFT, transformers' code, compiled", 1),
     "full, Decoder": (4, "full fine-tuning, our Decoder", 2),
     "full": (4, "full fine-tuning, transformers' code", 2),
 }
+"""Group, label and colour of each way of training that is drawn, in that order."""
 
 
 def speed(given: Settings) -> None:
@@ -48,23 +52,27 @@ def speed(given: Settings) -> None:
         )
     )
     key = f"{PREFIX}_speed"
-    note = f"{found.provenance}<br>hatched: an earlier run"
-    fig = charts.steps(bars(found), note, mode=theme.mode())
+    fig = charts.steps(bars(found), found.provenance, mode=theme.mode())
     chart.figure(fig, key=key, sentence=speed_sentence(found), height=_HEIGHT)
     export.export(fig, key=key, name="lora-speed", experiment="lora", params=given.params, data=lambda: table(found))
-    for heading, text in (
-        ("What LoRA saves.", saving_sentence(found)),
-        ("Where the rest goes.", rest_sentence(found)),
-        ("Same losses?", loss_sentence(found)),
-        ("Two runs.", runs_sentence(found)),
-    ):
+    _told(("Why.", precision_sentence(found)), ("What LoRA saves.", saving_sentence(found)))
+    with st.expander("Where the rest goes, and how sure this is", icon=":material/query_stats:"):
+        _told(
+            ("Where the rest goes.", rest_sentence(found)),
+            ("Same losses?", loss_sentence(found)),
+            ("The runs.", runs_sentence(found)),
+        )
+        st.markdown(f"On a GPU of your own, `python -m {_BENCHMARK}` measures all of it again.")
+
+
+def _told(*paragraphs: tuple[str, str]) -> None:
+    for heading, text in paragraphs:
         st.markdown(f"**{heading}** {plain(text)}")
-    st.markdown(f"On a GPU of your own, `python {_BENCHMARK}` measures all of it again.")
 
 
 def bars(found: RecordedSteps) -> list[charts.StepBar]:
     """The floor and every way that was recorded, as they are drawn."""
-    latest, last = found.latest, len(found.notes) - 1
+    latest = found.latest
     floor = charts.StepBar("floor, by arithmetic", 0, found.floor_ms, None, None, None)
     return [floor] + [
         charts.StepBar(
@@ -74,9 +82,8 @@ def bars(found: RecordedSteps) -> list[charts.StepBar]:
             spread_ms=(latest[way].low_ms, latest[way].high_ms),
             peak_gb=_gigabytes(latest[way]),
             colour=colour,
-            earlier=latest[way].run < last,
         )
-        for way, (group, label, colour) in _WAYS.items()
+        for way, (group, label, colour) in WAYS.items()
         if way in latest
     ]
 
@@ -84,16 +91,29 @@ def bars(found: RecordedSteps) -> list[charts.StepBar]:
 def speed_sentence(found: RecordedSteps) -> str:
     """Ours beside PEFT, on different and on equal code of the model, in words."""
     cost = found.latest
-    compiled, last = (cost["ours compiled"], cost["PEFT compiled"]), len(found.notes) - 1
-    earlier = ", both of an earlier run" if max(row.run for row in compiled) < last else ""
     return (
         "A step with ours beside one with PEFT, on equal code of the model: in transformers' "
         f"{_pair(cost['ours'], cost['PEFT'])}; in our Decoder {_pair(cost['ours, Decoder'], cost['PEFT, Decoder'])}; "
-        f"in transformers' and compiled {_pair(*compiled)}{earlier}. "
-        f"As much as {_times(cost['ours, Decoder'], cost['PEFT'])} is reached only together with our Decoder's code: "
-        f"ours in it beside PEFT in transformers', {_pair(cost['ours, Decoder'], cost['PEFT'])}. Bars are medians, "
-        "whiskers go from the 10th to the 90th percentile, hatched bars are of an earlier run."
+        f"in transformers' and compiled {_pair(cost['ours compiled'], cost['PEFT compiled'])}. Ours in our Decoder "
+        f"beside PEFT in transformers' code: {_pair(cost['ours, Decoder'], cost['PEFT'])}. Bars are medians, whiskers "
+        "go from the 10th to the 90th percentile."
     )
+
+
+def precision_sentence(found: RecordedSteps) -> str:
+    """What ours leaves out that PEFT does, and what PEFT takes without it."""
+    cost = found.latest
+    words = (
+        "PEFT keeps the adapters of a bfloat16 model in float32 and multiplies in float32, for which it casts what "
+        "goes in and out; ours keeps them in float32 too, but multiplies in the model's bfloat16, adds inside the "
+        "products, and shares one product between projections that read the same input."
+    )
+    pairs = [
+        ("transformers' code", "ours bf16", "PEFT bf16"),
+        ("our Decoder", "ours bf16, Decoder", "PEFT bf16, Decoder"),
+    ]
+    told = [f"in {code} {_pair(cost[ours], cost[peft])}" for code, ours, peft in pairs if {ours, peft} <= cost.keys()]
+    return f"{words} With both in bfloat16 throughout less is between them: {'; '.join(told)}." if told else words
 
 
 def saving_sentence(found: RecordedSteps) -> str:
@@ -105,10 +125,15 @@ def saving_sentence(found: RecordedSteps) -> str:
         f"activations. In our Decoder full fine-tuning takes {full.median_ms:.1f} ms and {_gigabytes(full):.1f} GB, "
         f"LoRA {ours.median_ms:.1f} ms and {_gigabytes(ours):.1f} GB."
     )
-    full, ours, peft = cost["full"], cost["ours"], cost["PEFT"]
-    times = f"{full.median_ms:.1f} ms full, {ours.median_ms:.1f} with ours, {peft.median_ms:.1f} with PEFT"
-    if full.median_ms < min(ours.median_ms, peft.median_ms):
-        return f"{words} In transformers' code, eager, adapters cost more time than they save: {times}."
+    full, adapted = cost["full"], {"ours": cost["ours"], "PEFT": cost["PEFT"]}
+    times = f"{full.median_ms:.1f} ms full, " + ", ".join(
+        f"{step.median_ms:.1f} with {name}" for name, step in adapted.items()
+    )
+    slower = [
+        f"{name}'s" if name == "PEFT" else name for name, step in adapted.items() if step.median_ms > full.median_ms
+    ]
+    if slower:
+        return f"{words} In transformers' code, eager, {' and '.join(slower)} cost more time than they save: {times}."
     return f"{words} In transformers' code it is {times}."
 
 
@@ -123,17 +148,17 @@ def rest_sentence(found: RecordedSteps) -> str:
         "traffic bounds them. And an eager step waits wherever the processor launches small kernels more slowly than "
         "the GPU finishes them."
     )
-    again = [cost.median_ms for cost in found.measured if cost.way == "PEFT"]
-    if len(again) > 1:
+    ours, peft = ([cost.median_ms for cost in found.measured if cost.way == way] for way in ("ours, Decoder", "PEFT"))
+    if len(ours) > 1:
         words += (
-            f" That the same step of PEFT took {' ms in one run and '.join(f'{ms:.1f}' for ms in again)} ms in the "
-            "other fits this."
+            f" On {len(ours)} machines with this GPU the same step took from {min(ours):.0f} to {max(ours):.0f} ms, "
+            f"PEFT's from {min(peft):.0f} to {max(peft):.0f}: the less the GPU has to do, the more it is the "
+            "processor that counts."
         )
     if found.profiled is not None:
         kernels = found.kernels
-        older = ", of older code, so that only its shares are told," if found.profiled < len(found.notes) - 1 else ""
         words += (
-            f" A profile of our Decoder{older} had {kernels['mm']:.0%} of the kernels' time in plain products (mm), "
+            f" A profile of our Decoder has {kernels['mm']:.0%} of the kernels' time in plain products (mm), "
             f"{kernels['addmm']:.0%} in products that add to a result (addmm), as the adapters' do, "
             f"{kernels['attention']:.0%} in attention and {1 - sum(kernels.values()):.0%} in everything else."
         )
@@ -164,9 +189,9 @@ def loss_sentence(found: RecordedSteps) -> str:
 
 
 def runs_sentence(found: RecordedSteps) -> str:
-    """What is to be known about each run."""
-    *earlier, last = found.notes
-    return " ".join([*(f"Hatched: “{note}”" for note in earlier), f"All others: “{last}”"])
+    """What is to be known about each run; of a way that several runs measured the last is drawn."""
+    notes = " ".join(f"“{note}”" for note in found.notes)
+    return notes if len(found.notes) == 1 else f"{notes} Of a way that several runs measured, the last is drawn."
 
 
 def table(found: RecordedSteps) -> pd.DataFrame:

@@ -19,6 +19,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HOW = f"Give {WEIGHTS_FILE} and {CONFIG_FILE}, or a zip that holds both."
 
 
+class IncompleteError(InputError):
+    """One of the two files is not there yet."""
+
+
 class Upload(Protocol):
     """A file as it was uploaded."""
 
@@ -35,7 +39,8 @@ def adapter_files(uploads: Iterable[Upload]) -> dict[str, bytes]:
         uploads: the files themselves or a zip of them, in any folder. Any name is fine for the two themselves.
 
     Raises:
-        InputError: one is missing or there twice, something is a pickle, damaged or too large.
+        IncompleteError: one is missing.
+        InputError: one is there twice, something is a pickle, damaged or too large.
     """
     found: dict[str, bytes] = {}
     for upload in uploads:
@@ -46,7 +51,7 @@ def adapter_files(uploads: Iterable[Upload]) -> dict[str, bytes]:
             found[kind] = content
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if name not in found]
     if missing:
-        raise InputError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing. {_HOW}")
+        raise IncompleteError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing. {_HOW}")
     return found
 
 

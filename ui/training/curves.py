@@ -60,7 +60,7 @@ def heads(found: training.Result, params: training.Params, along: str) -> None:
         line("previous token", found, found.checked, found.previous_token, along, 3),
         line("copied right", found, found.checked, found.copied, along, 4),
     ]
-    sentence = sentences.induction(found)
+    sentence = sentences.induction(found, params.num_layers)
     if recorded is not None:
         lines.append(line(_STORYTELLER, recorded, recorded.checked, recorded.induction, along, None))
         sentence += f" The storyteller was scored on {recorded.probe}."

@@ -12,7 +12,7 @@ import streamlit as st
 
 from engine import local_models
 from engine.experiments import training, training_tests
-from engine.experiments._training import recorded_run
+from engine.experiments._training import SAID_TWICE, recorded_run
 from ui import chart, checks, run, source, theme
 from ui.charts import training as charts
 from ui.labs import ATTENTION
@@ -21,6 +21,12 @@ from ui.prose import plain
 from ui.training import curves, sentences
 from ui.training.curves import HEIGHT, STEPS, TOKENS
 from ui.training.settings import PREFIX, RUN, Settings, amount
+
+_LOOK_HELP = (
+    "Opens the attention lab with this model, on letters and digits without sense, said twice. Scores are measured on "
+    "random tokens: there it has learned to look back, and on a sentence said twice the same head may look elsewhere. "
+    "The attention lab draws random tokens of its own, so that its figure differs by a few per cent."
+)
 
 
 def explore(given: Settings) -> None:
@@ -36,7 +42,10 @@ def explore(given: Settings) -> None:
 
 def _invite() -> None:
     """What stands here before the first run."""
-    words = "Nothing is trained yet. Press **Train** and watch a small model learn here"
+    words = (
+        "Nothing is trained yet in this session; a link brings settings, not results. Press **Train** and watch a "
+        "small model learn here"
+    )
     recorded = recorded_run()
     if recorded is None:
         st.info(f"{words}.", icon=":material/school:")
@@ -96,7 +105,7 @@ def _ending(found: training.Result) -> None:
 def _buttons(found: training.Result) -> None:
     """What can be done with the model, in the row of a control that is there before: the charts stay where they are."""
     st.space("stretch")
-    if st.button("Look at its heads", key=f"_{PREFIX}_look", icon=ATTENTION.icon):
+    if st.button("Look at its heads", key=f"_{PREFIX}_look", icon=ATTENTION.icon, help=_LOOK_HELP):
         _look(found)
     st.download_button(
         "Save model",
@@ -112,7 +121,7 @@ def _buttons(found: training.Result) -> None:
 
 
 def _look(found: training.Result) -> None:
-    """Open the attention lab with the model and its best induction head, on a text that says itself twice."""
+    """Open the attention lab with the model and its best induction head, on a text on which it looks back."""
     with zipfile.ZipFile(io.BytesIO(found.archive)) as archive:
         files = {PurePath(name).name: archive.read(name) for name in archive.namelist()}
     try:
@@ -124,7 +133,7 @@ def _look(found: training.Result) -> None:
         )
         return
     layer, head = found.heads[-1]
-    shown = {"model": folder, "text": f"{found.prompt} {found.prompt}", "layer": layer, "head": head}
+    shown = {"model": folder, "text": SAID_TWICE, "layer": layer, "head": head}
     st.switch_page(
         ATTENTION.script, query_params={f"{ATTENTION.url_path}_{name}": str(value) for name, value in shown.items()}
     )

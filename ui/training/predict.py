@@ -5,13 +5,13 @@ from __future__ import annotations
 import streamlit as st
 
 from engine.experiments import training
-from ui import chart, run, theme
+from ui import chart, guess, run, theme
 from ui.charts import training as charts
 from ui.page import NOTHING_TO_SHOW
 from ui.prose import plain
 from ui.training import sentences
 from ui.training.curves import HEIGHT, STEPS, span
-from ui.training.settings import GUESS, PREFIX, RUN, Settings, keep_guess
+from ui.training.settings import GUESS, PREFIX, RUN, Settings
 
 
 def predict(given: Settings) -> None:
@@ -21,8 +21,9 @@ def predict(given: Settings) -> None:
         st.caption(NOTHING_TO_SHOW)
         return
     st.markdown(
-        f"**How far will it get?** Before it has learned anything, a token costs {sentences.GUESSING:.2f} nats. "
-        f"What will a token of unread text cost after {asked.steps} steps?"
+        f"**How far will it get?** Who guesses evenly among all {training.VOCAB_SIZE} tokens pays "
+        f"ln {training.VOCAB_SIZE} = {sentences.GUESSING:.2f} nats for each; a model that has learned nothing pays a "
+        f"little more, as it guesses unevenly. What will a token of unread text cost after {asked.steps} steps?"
     )
     st.slider(
         "Your guess of the last held-out loss, nats a token",
@@ -31,7 +32,8 @@ def predict(given: Settings) -> None:
         4.0,
         0.1,
         key=GUESS,
-        on_change=keep_guess,
+        on_change=guess.keep,
+        args=(GUESS,),
         bind="query-params",
     )
     if given.started is None:
@@ -52,15 +54,15 @@ def predict(given: Settings) -> None:
     run.watch("training", given.started, draw, key=RUN, height=HEIGHT)
 
 
-def _verdict(found: training.Result, guess: float) -> None:
+def _verdict(found: training.Result, guessed: float) -> None:
     """The guess beside what was measured or, in a run that is under way, beside where it is."""
     measured = float(found.held_out_loss[-1])
-    off = guess - measured
-    words = f"You said {guess:.1f}, it is {measured:.2f} after step {found.checked[-1]}"
+    off = guessed - measured
+    words = f"You said {guessed:.1f}, it is {measured:.2f} after step {found.checked[-1]}"
     if found.ended == "running":
         st.info(plain(f"{words} of {found.steps}."), icon=":material/hourglass_top:")
     elif found.ended != "finished":
-        st.info(plain(f"{words} of {found.steps}, where it ended: no verdict."), icon=":material/info:")
+        st.info(plain(f"{words}. {guess.unjudged(found.ended, found.steps)}"), icon=":material/info:")
     elif abs(off) <= 0.2:
         st.success(plain(f"{words}: well guessed."), icon=":material/check_circle:")
     else:
@@ -70,7 +72,7 @@ def _verdict(found: training.Result, guess: float) -> None:
         [charts.Line("held-out loss", found.checked, found.held_out_loss, 1)],
         across="step",
         up="loss, nats a token",
-        marks=[(sentences.GUESSING, "guessing"), (guess, "your guess")],
+        marks=[(sentences.GUESSING, "guessing"), (guessed, "your guess")],
         span=span(found, STEPS),
         mode=theme.mode(),
     )

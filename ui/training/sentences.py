@@ -16,6 +16,11 @@ INDUCTION_HEAD = (
     "it can be said again."
 )
 
+ONE_LAYER = (
+    "One layer cannot have one, however long it learns: the head has to find a place by the token that stood before "
+    "it, and only a previous-token head of a layer below can have noted there which that was. Set Depth to 2."
+)
+
 GUESSING = float(np.log(training.VOCAB_SIZE))
 _CLEAR = 0.05  # nats a token, less is no difference
 _COPIES = 0.5  # share of the second round that is right
@@ -24,7 +29,7 @@ _COPIES = 0.5  # share of the second round that is right
 def loss(found: training.Result) -> str:
     """What the held-out loss did."""
     first, last = found.held_out_loss[0], found.held_out_loss[-1]
-    guessing = f"guessing costs {GUESSING:.2f}"
+    guessing = f"guessing evenly costs ln {training.VOCAB_SIZE} = {GUESSING:.2f}"
     if len(found.checked) == 1:
         return f"Before its first lesson the model is at {first:.2f} nats a token on held-out text; {guessing}."
     words = (
@@ -84,26 +89,33 @@ def head_name(found: training.Result, checkup: int) -> str:
     return f"layer {layer}, head {head}"
 
 
-def induction(found: training.Result) -> str:
-    """Whether and when a head learned to look back, and which."""
+def induction(found: training.Result, num_layers: int) -> str:
+    """Whether and when a head learned to look back, and which; or why it did not in a model of so many layers."""
     first, last = formed(found), len(found.checked) - 1
     running = found.ended == "running"
     if first is not None:
-        words = (
-            f"An induction head formed by step {found.checked[first]}: {head_name(found, first)}, whose score is "
-            f"{found.induction[first]:.0%}"
-        )
-        if first < last:
-            other = "" if (found.heads[first] == found.heads[last]).all() else f", of {head_name(found, last)},"
-            words += f" there and{other} {found.induction[last]:.0%} {'by now' if running else 'at the end'}"
+        when = "by now" if running else "at the end"
+        words = f"An induction head formed by step {found.checked[first]}: {head_name(found, first)}"
+        if first == last:
+            words += f", which scores {found.induction[first]:.0%}."
+        elif (found.heads[first] == found.heads[last]).all():
+            words += f", which scored {found.induction[first]:.0%} then and scores {found.induction[last]:.0%} {when}."
+        else:
+            words += (
+                f", which scored {found.induction[first]:.0%} then. The best {when} is {head_name(found, last)}, with "
+                f"{found.induction[last]:.0%}."
+            )
         return (
-            f"{words}. The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
+            f"{words} The best previous-token head scores {found.previous_token[-1]:.0%}, and of random tokens that "
             f"are said again the model gets {found.copied[-1]:.0%} right."
         )
     words = (
         f"No induction head {'has formed so far,' if running else 'formed'} in {found.checked[-1]} steps: the best "
-        f"score is {found.induction.max():.0%}, the best previous-token head reaches {found.previous_token.max():.0%}."
+        f"score of a head {_highest(found.induction, found.checked)}, of a previous-token head "
+        f"{_highest(found.previous_token, found.checked)}."
     )
+    if num_layers == 1:
+        return f"{words} {ONE_LAYER}"
     if running:
         return words
     recorded = recorded_run()
@@ -116,6 +128,15 @@ def induction(found: training.Result) -> str:
     return words
 
 
+def _highest(scores: np.ndarray, checked: np.ndarray) -> str:
+    """The highest of the scores and, if it is another one, the last."""
+    best = int(scores.argmax())
+    words = f"is {scores[best]:.0%}"
+    if f"{scores[best]:.0%}" == f"{scores[-1]:.0%}":
+        return words
+    return f"{words} after step {checked[best]} and {scores[-1]:.0%} after step {checked[-1]}"
+
+
 def look_back(found: training.Result) -> str:
     """What the drawn head does between the lines."""
     before, now = (stripe(weights) for weights in found.head_maps)
@@ -123,7 +144,9 @@ def look_back(found: training.Result) -> str:
     return (
         f"The head that looks back most, {head_name(found, -1)}, on {period} random tokens said twice. Between the "
         f"lines a token of the second round looks one place past where it stood in the first, {period - 1} tokens "
-        f"back: {before:.0%} of its attention before the first step, {now:.0%} after step {found.checked[-1]}."
+        f"back: {before:.0%} of its attention before the first step, {now:.0%} after step {found.checked[-1]}. That is "
+        f"of this one sequence; its score above, {found.induction[-1]:.0%}, is the mean over other random tokens, in "
+        "sequences of three lengths."
     )
 
 
@@ -145,14 +168,23 @@ def storyteller(recorded: Recorded, tokens_per_step: int) -> str:
 
 def progress(found: training.Result) -> str:
     """When half of what was learned was learned."""
-    first, lowest = found.held_out_loss[0], found.held_out_loss.min()
+    first, lowest, last = found.held_out_loss[0], found.held_out_loss.min(), found.held_out_loss[-1]
     so_far = " so far" if found.ended == "running" else ""
     if first - lowest < _CLEAR:
+        if last > first + _CLEAR:
+            return (
+                f"The held-out loss has risen{so_far}: from {first:.2f} nats a token before the first step to "
+                f"{last:.2f} after step {found.checked[-1]}."
+            )
         return (
             f"The held-out loss has not clearly fallen{so_far}: it was {first:.2f} nats a token before the first step."
         )
     half = np.flatnonzero(found.held_out_loss <= (first + lowest) / 2)[0]
-    return f"Half of all progress{so_far} was made by step {found.checked[half]} of {found.checked[-1]}."
+    words = f"Half of all progress{so_far} was made by step {found.checked[half]} of {found.checked[-1]}."
+    if last > lowest + _CLEAR:
+        best = found.checked[found.held_out_loss.argmin()]
+        words += f" After step {best} the loss rose again, from {lowest:.2f} to {last:.2f}."
+    return words
 
 
 def speed(found: training.Result) -> str:

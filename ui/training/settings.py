@@ -10,7 +10,7 @@ import streamlit as st
 
 from engine.experiments import duration, training
 from engine.experiments._training_cost import Cost
-from ui import controls, run
+from ui import controls, guess, run
 from ui.controls import Look
 from ui.labs import TRAINING
 from ui.prose import plain
@@ -19,11 +19,18 @@ from ui.train_button import train_button
 PREFIX = TRAINING.url_path
 RUN = f"{PREFIX}_run"
 GUESS = f"{PREFIX}_guess"
-_GUESS_SET, _GUESSED = f"_{GUESS}_set", f"_{GUESS}_made"
 _STARTED = f"_{PREFIX}_started"
 _MANY_TIMES = 20
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 _HEADS = (1, 2, 3, 4, 8, 16)
+STEPS_HELP = (
+    "Updates of the weights. The learning rate's rise and fall stretch over all of them: a run of more steps takes "
+    "other steps from the start, and does not merely go on from where a shorter one ended."
+)
+_RANDOM_HELP = (
+    "This share of what it reads is random tokens, each sequence said twice, and the rest is text: the second round "
+    "can only be foretold by looking back."
+)
 _RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
 
 
@@ -48,8 +55,9 @@ def settings() -> Settings:
         training.Params,
         prefix=PREFIX,
         fields=["steps", "learning_rate", "random_share", "num_layers", "d_model"],
-        steps=Look(minimum=10, maximum=2000, step=10),
+        steps=Look(minimum=10, maximum=2000, step=10, help=STEPS_HELP),
         learning_rate=Look(options=_RATES, name=lambda rate: f"{rate:g}", widget="select"),
+        random_share=Look(help=_RANDOM_HELP),
     )
     dividing = [heads for heads in _HEADS if values["d_model"] % heads == 0]
     values |= controls.controls(
@@ -62,15 +70,10 @@ def settings() -> Settings:
     if params is not None:
         samples = _samples(params)
         st.caption(plain(cost_sentence(params.predict(samples), run.latest(RUN)) + batch_sentence(params, samples)))
-    train_button(params, started, _start, running=running, prefix=PREFIX)
+    train_button(params, started, _start, running=running, waiting=run.is_waiting(RUN), prefix=PREFIX)
     if run.problem(RUN) is not None:
         st.warning("This training gave no result: the note where the curves stand says why.", icon=":material/info:")
-    return Settings(params, started, st.session_state.get(_GUESSED))
-
-
-def keep_guess() -> None:
-    """Remember that the slider of the guess was moved, for a training that is started from another tab."""
-    st.session_state[_GUESS_SET] = st.session_state[GUESS]
+    return Settings(params, started, guess.settled(GUESS))
 
 
 def batch_sentence(params: training.Params, samples: int | None) -> str:
@@ -124,7 +127,6 @@ def amount(number: float) -> str:
 
 
 def _start(params: training.Params) -> None:
-    state = st.session_state
-    moved = state.pop(_GUESS_SET, None)
-    state[_STARTED], state[_GUESSED] = params, state.get(GUESS, moved)
+    st.session_state[_STARTED] = params
+    guess.settle(GUESS)
     run.ask("training", params, key=RUN)
