@@ -169,7 +169,7 @@ def adapter_parameters(shape: Shape, rank: int, targets: Targets) -> AdapterSize
     return AdapterSize(per_module, total, total / shape.num_parameters)
 
 
-_STEPS = Path(__file__).parents[1] / "recorded" / "lora_training_step_h200.json"
+_RECORDED = Path(__file__).parents[1] / "recorded"
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,15 @@ class RecordedSteps:
         return f"recorded on an {self.device.removeprefix('NVIDIA ')}, {self.date}, {versions}"
 
 
-@lru_cache(maxsize=1)
-def recorded_steps() -> RecordedSteps | None:
-    """What a step of full fine-tuning, of PEFT's LoRA and of ours costs on an H200; None where the file is missing."""
+@lru_cache(maxsize=2)
+def recorded_steps(of: Literal["lora", "qlora"] = "lora") -> RecordedSteps | None:
+    """What a training step costs on an H200, with PEFT's adapters and with ours, on a 16-bit or on a 4-bit model.
+
+    Returns:
+        The recording, or None where its file is missing.
+    """
     try:
-        log = json.loads(_STEPS.read_text(encoding="utf-8"))
+        log = json.loads((_RECORDED / f"{of}_training_step_h200.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     runs = log["runs"]

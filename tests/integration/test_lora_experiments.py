@@ -482,13 +482,13 @@ def test_the_default_run_learns_within_a_minute_of_two_cores():
 
 def test_what_the_benchmark_writes_is_what_the_page_reads(tmp_path, monkeypatch):
     """Twice into one file, the second run without losses and profile, as a later run of some rows has them."""
-    file = tmp_path / "steps.json"
+    file = tmp_path / "lora_training_step_h200.json"
     root = Path(__file__).parents[2]
     benchmark = [sys.executable, "-m", "tests.benchmarks.lora_training_step", "--device", "cpu", "--small"]
     rows = ["--rows", "full", "PEFT", "ours", "--json", str(file)]
     for more in (["--note", "first", "--profile", "ours, Decoder"], ["--note", "second", "--no-losses"]):
         subprocess.run([*benchmark, *rows, *more], check=True, capture_output=True, cwd=root)
-    monkeypatch.setattr(_lora, "_STEPS", file)
+    monkeypatch.setattr(_lora, "_RECORDED", tmp_path)
     found = _lora.recorded_steps.__wrapped__()
     assert found.notes == ("first", "second")
     assert [(cost.run, cost.way) for cost in found.measured] == [

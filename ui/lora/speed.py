@@ -19,7 +19,9 @@ _BENCHMARK = "tests.benchmarks.lora_training_step"
 
 _TELLING = 7  # steps in which repeated runs stay together; there are eight batches
 
-WAYS = {
+Ways = dict[str, tuple[int, str, int | None]]
+
+WAYS: Ways = {
     "frozen": (1, "frozen, transformers' code, no adapters", None),
     "ours, Decoder": (2, "ours, our Decoder", 0),
     "ours": (2, "ours, transformers' code", 0),
@@ -70,8 +72,8 @@ def _told(*paragraphs: tuple[str, str]) -> None:
         st.markdown(f"**{heading}** {plain(text)}")
 
 
-def bars(found: RecordedSteps) -> list[charts.StepBar]:
-    """The floor and every way that was recorded, as they are drawn."""
+def bars(found: RecordedSteps, ways: Ways = WAYS) -> list[charts.StepBar]:
+    """The floor and every one of `ways` that was recorded, as they are drawn."""
     latest = found.latest
     floor = charts.StepBar("floor, by arithmetic", 0, found.floor_ms, None, None, None)
     return [floor] + [
@@ -83,7 +85,7 @@ def bars(found: RecordedSteps) -> list[charts.StepBar]:
             peak_gb=_gigabytes(latest[way]),
             colour=colour,
         )
-        for way, (group, label, colour) in WAYS.items()
+        for way, (group, label, colour) in ways.items()
         if way in latest
     ]
 
