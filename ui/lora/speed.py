@@ -14,7 +14,7 @@ from ui.charts import lora as charts
 from ui.lora.settings import PREFIX, Settings, count
 from ui.prose import plain
 
-_HEIGHT = 640
+_HEIGHT = 760
 _BENCHMARK = "tests.benchmarks.lora_training_step"
 
 _TELLING = 7  # steps in which repeated runs stay together; there are eight batches
