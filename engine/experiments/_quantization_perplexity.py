@@ -82,18 +82,30 @@ def perplexity_loss(quantized: nn.Module, model: Pretrained, text: Text) -> floa
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where that is no number any more."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), infinite where that is no number any more, NaN for a model that computes none."""
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def in_words(perplexity: float) -> str:
+    """A perplexity, or a ratio of two, to four digits, large ones to three: ``"5.277"``, ``"42,000"``."""
+    if not math.isfinite(perplexity):
+        return "no number" if math.isnan(perplexity) else "∞"
+    return f"{perplexity:.4g}" if perplexity < 1000 else f"{float(f'{perplexity:.3g}'):,.0f}"
+
+
+def calibration_blocks(model: Pretrained) -> TokenBlocks:
+    """The last of the shipped stories, which `read_text` leaves out."""
+    from engine.data import TokenBlocks
+
+    return TokenBlocks(_stories(model).ids[-CALIBRATION_BLOCKS:])
 
 
 def calibration(model: Pretrained) -> dict[str, InputStatistics]:
-    """The inputs of every linear layer on the last of the shipped stories, on which nothing is measured; kept."""
-    from engine.data import TokenBlocks
+    """The inputs of every linear layer on `calibration_blocks`, on which no perplexity is measured; kept."""
     from engine.quantization.calibration import collect_statistics
 
     def collect() -> dict[str, InputStatistics]:
-        blocks = TokenBlocks(_stories(model).ids[-CALIBRATION_BLOCKS:])
-        return collect_statistics(model.model, blocks, batch_size=2)
+        return collect_statistics(model.model, calibration_blocks(model), batch_size=2)
 
     return keep(model, "calibration", collect)
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from engine import catalogue
@@ -161,6 +161,14 @@ def _no_such_layer(name: str, model: Pretrained, selection: Selection) -> str:
     left = next((entry for entry in selection.left if entry.name in (name, f"{name}.weight")), None)
     if left is not None:
         return f"{name} of {model.name} keeps its precision: {left.reason}"
+    weights = dict(model.model.named_parameters(remove_duplicate=False))
+    weight = weights.get(f"{name}.weight")
+    shared = next((entry.name for entry in selection.left if weights[entry.name] is weight), None)
+    if shared is not None:
+        return (
+            f"{name} of {model.name} shares the weights of {shared.removesuffix('.weight')} and keeps its precision "
+            "with them: a quantized copy would cost memory instead of saving it."
+        )
     names = list(selection.chosen)
     several = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"There is no linear layer {name!r} in {model.name}: choose one of its {len(names)}, {several}"
@@ -233,6 +241,18 @@ def linear_layers(model: Pretrained) -> Selection:
     from engine.quantization.layers import select_layers
 
     return keep(model, "layers", lambda: select_layers(model.model))
+
+
+def stored_bits(model: Pretrained) -> Literal[16, 32]:
+    """Bits that hold every weight of the linear layers exactly: 16 as float16 or bfloat16, or the 32 of memory.
+
+    Of the numbers, not of a file: a checkpoint that was published in 16 bits is float32 after a conversion.
+    """
+    import torch
+
+    weights = [linear.weight.detach() for linear in linear_layers(model).chosen.values()]
+    halves = (torch.float16, torch.bfloat16)
+    return 16 if any(all(torch.equal(w.to(half).float(), w) for w in weights) for half in halves) else 32
 
 
 _kept: WeakKeyDictionary[Pretrained, dict[str, Any]] = WeakKeyDictionary()

@@ -36,10 +36,10 @@ class Params(_quantization.ScaleParams, _quantization.TextParams):
         description="To the nearest level, with compensation of errors (GPTQ), or with activation-aware scaling (AWQ).",
     )
     data_types: tuple[Literal["Integer", "NormalFloat"], ...] = Field(
-        ("Integer", "NormalFloat"), min_length=1, max_length=2, title="Data types", description="Each with each method."
+        ("Integer",), min_length=1, max_length=2, title="Data types", description="Each with each method."
     )
     widths: tuple[Annotated[int, Field(ge=_quantization.MIN_BITS, le=_quantization.MAX_BITS)], ...] = Field(
-        (4, 3, 2), min_length=1, max_length=7, title="Bits", description="Widths to try, 2 to 8."
+        (8, 6, 5, 4, 3, 2), min_length=1, max_length=7, title="Bits", description="Widths to try, 2 to 8."
     )
     symmetric: bool = Field(True, title="Symmetric", description="Integers without a zero point.")
 
@@ -50,9 +50,10 @@ class Point:
 
     Args:
         method: how its levels were chosen; ``"original"`` for the model as it is.
-        data_type: ``"Integer"`` or ``"NormalFloat"``; ``"16-bit"`` for the original, as it is stored.
-        bits: of a code; 16 for the original.
-        bits_per_weight: of the layers that are quantized, scales included; 16 for the original.
+        data_type: ``"Integer"`` or ``"NormalFloat"``; for the original ``"16-bit"``, or ``"32-bit"`` where neither
+            float16 nor bfloat16 holds every weight of its linear layers exactly.
+        bits: of a code; 16 or 32 for the original.
+        bits_per_weight: of the layers that are quantized, scales included; as `bits` for the original.
         perplexity: on the text; infinite if it is too large for a number.
         loss: its logarithm, in nats a token.
         output_error: mean over the layers of the relative mean squared error of their outputs on the calibration text;
@@ -61,7 +62,7 @@ class Point:
     """
 
     method: Literal["original", "rounding", "GPTQ", "AWQ"]
-    data_type: Literal["16-bit", "Integer", "NormalFloat"]
+    data_type: Literal["16-bit", "32-bit", "Integer", "NormalFloat"]
     bits: int
     bits_per_weight: float
     perplexity: float
@@ -185,8 +186,9 @@ def _scales(params: Params) -> tuple[str | int | bool, ...]:
 def _measure_original(model: Pretrained, text: Text) -> Point:
     began = time.monotonic()
     loss = _quantization_perplexity.perplexity_loss(model.model, model, text)
-    perplexity = _quantization_perplexity.perplexity_of(loss)
-    return Point("original", "16-bit", 16, 16.0, perplexity, loss, 0.0, time.monotonic() - began)
+    perplexity, seconds = _quantization_perplexity.perplexity_of(loss), time.monotonic() - began
+    bits = _quantization_source.stored_bits(model)
+    return Point("original", f"{bits}-bit", bits, float(bits), perplexity, loss, 0.0, seconds)
 
 
 def _measure(way: _Way, params: Params, model: Pretrained, text: Text, job: Job) -> Point:
@@ -208,13 +210,17 @@ def _measure(way: _Way, params: Params, model: Pretrained, text: Text, job: Job)
 
 
 def _describe(original: Point | None, points: list[Point]) -> str:
-    """The original, and every way at the fewest bits there are so far, the best first."""
+    """The original, and every way at the fewest bits there are so far, the best first, with what it really takes."""
     if original is None:
         return ""
-    first = f"As it is, the model has a perplexity of {original.perplexity:.2f}"
+    in_words = _quantization_perplexity.in_words
+    first = f"As it is, the model has a perplexity of {in_words(original.perplexity)}"
     if not points:
         return f"{first}."
     fewest = min(point.bits for point in points)
     ranked = sorted((point for point in points if point.bits == fewest), key=lambda point: point.loss)
-    ways = ", ".join(f"{point.perplexity:.4g} with {point.data_type} by {point.method}" for point in ranked)
-    return f"{first}; at {fewest} bits it has {ways}."
+    ways = ", ".join(
+        f"{in_words(point.perplexity)} with {point.data_type} by {point.method} ({point.bits_per_weight:.2f})"
+        for point in ranked
+    )
+    return f"{first}; with codes of {fewest} bits (in brackets: bits a weight, scales included) it has {ways}."

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Unit = Literal["layer", "block", "kind"]
 
+_LARGEST_PERCENTAGE = 10.0
+
 
 class Params(_quantization.FormatParams, _quantization.TextParams):
     """A model, a format, a text, and what is quantized at a time."""
@@ -195,10 +197,17 @@ def _describe(params: Params, parts: list[PartCost], original: float, everything
         return ""
     worst = max(parts, key=lambda part: part.perplexity)
     part = {"layer": "", "block": "block ", "kind": "all of "}[params.unit] + worst.name
-    sentence = f"{params.in_words}: {part} alone costs most, {worst.increase:+.2%} perplexity"
+    sentence = f"{params.in_words}: {part} alone costs most, {_cost(worst.increase)}"
     if everything is None:
         return f"{sentence}."
     return (
-        f"{sentence}. All parts at once cost {everything / original - 1:+.2%}, their costs one by one add up to "
-        f"{sum(part.increase for part in parts):+.2%}."
+        f"{sentence}. All parts at once cost {_cost(everything / original - 1)}, their costs one by one add up to "
+        f"{_cost(sum(part.increase for part in parts))}."
     )
+
+
+def _cost(increase: float) -> str:
+    """An increase of the perplexity; beyond tenfold a percentage says nothing any more."""
+    if increase <= _LARGEST_PERCENTAGE:
+        return f"{increase:+.2%} perplexity"
+    return f"a perplexity {_quantization_perplexity.in_words(1 + increase)} times as high"

@@ -206,13 +206,14 @@ def _first_difference(one: list[int], other: list[int]) -> int | None:
 
 def _describe(params: Params, first_difference: int | None, length: int, perplexities: list[float]) -> str:
     before, after = perplexities
+    in_words = _quantization_perplexity.in_words
     how = f"{params.in_words}, by {params.method}"
     text = (
         f"both models say the same {length} tokens"
         if first_difference is None
         else f"the quantized model goes its own way at new token {first_difference + 1}"
     )
-    return f"{how}: {text}; its perplexity is {after:.4g} instead of {before:.4g}."
+    return f"{how}: {text}; its perplexity is {in_words(after)} instead of {in_words(before)}."
 
 
 def _describe_maps(params: Params, moved: Tensor) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.quantization.calibration import InputStatistics
 from engine.quantization.data_types import DataType, data_type
 from engine.quantization.grouping import Grouping, per_block
-from engine.quantization.tensor import Grid, QuantizedTensor, check_weights, quantize
+from engine.quantization.tensor import Grid, QuantizedTensor, check_weights, quantize, round_to
 
 STEPS = 20
 _SMALLEST, _LARGEST = 1e-4, 1e4
@@ -46,7 +46,7 @@ class ScaledTensor:
 
     def dequantize(self) -> Tensor:
         """The weights that are stored, (O, I)."""
-        return (self.quantized.dequantize().float() / self.input_scales.float()).to(self.quantized.dtype)
+        return round_to(self.quantized.dequantize().float() / self.input_scales.float(), self.quantized.dtype)
 
 
 @torch.no_grad()
@@ -76,11 +76,12 @@ def quantize_awq(
         double_quantization: store the scales in 8 bits.
 
     Raises:
-        InputError: as `engine.quantization.tensor.quantize`.
+        InputError: statistics of another layer, or as `engine.quantization.tensor.quantize`.
 
     Source: Lin et al. 2023, https://arxiv.org/abs/2306.00978; without the search for a clipping range.
     """
     check_weights(w)
+    statistics.check_fits(w)
     chosen = data_type(to) if isinstance(to, str) else to
     grouping = grouping or per_block()
     weights = w.detach().float()
@@ -94,7 +95,7 @@ def quantize_awq(
         grid = Grid.fit(groups, chosen)
         rounded = grouping.join(grid.decode(grid.encode(groups)), w.shape).to(w.dtype)
         error = statistics.output_power(rounded.float() / scales.float() - weights)
-        if error < least:
+        if best is None or error < least:
             best, least = (scaled, scales, exponent), error
     scaled, scales, exponent = best
     quantized = quantize(scaled, chosen, grouping, double_quantization=double_quantization)

@@ -35,6 +35,23 @@ class InputStatistics:
     magnitude: Tensor
     count: int
 
+    def check_fits(self, w: Tensor) -> None:
+        """Refuse what these cannot be the inputs of.
+
+        Raises:
+            InputError: `w` is no matrix (O, I) of so many inputs, or the statistics are not finite.
+        """
+        if w.dim() != 2 or w.shape[1] != len(self.magnitude):
+            raise InputError(
+                f"The weights have the shape {tuple(w.shape)} and the statistics are of {len(self.magnitude)} inputs: "
+                "give a matrix (outputs, inputs) and the statistics of its own layer."
+            )
+        if not (self.hessian.isfinite().all() and self.magnitude.isfinite().all()):
+            raise InputError(
+                "The statistics hold numbers that are not finite: the inputs that they were taken from overflow, or "
+                "their model is broken."
+            )
+
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """mean ‖(Ŵ − W)·x‖² / mean ‖W·x‖² over the inputs seen: what rounding a weight (O, I) costs at the output."""
         weight = weight.detach().float()

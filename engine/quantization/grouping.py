@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from typing import Literal
 
 from torch import Size, Tensor
@@ -25,7 +26,8 @@ class Grouping:
 
     A block is S neighbours of the flattened tensor, across the ends of rows as in bitsandbytes (``"block"``), or of one
     row (``"row block"``), as error compensation along the inputs needs it. Where S does not divide, the last block is
-    filled up with zeros, which have no part in a scale and are not stored.
+    filled up with zeros, which have no part in a scale and are not stored; where there are fewer than S weights in all,
+    they are one block.
     """
 
     kind: Literal["tensor", "channel", "block", "row block"]
@@ -56,7 +58,7 @@ class Grouping:
         return shape[0], prod(shape[1:])
 
     def _group_size(self, length: int) -> int:
-        return length if self.size is None else self.size
+        return length if self.size is None else min(self.size, length)
 
 
 def per_tensor() -> Grouping:
@@ -77,8 +79,10 @@ def per_block(size: int = 64, within_rows: bool = False) -> Grouping:
         within_rows: whether a block ends with its row, or goes on with the next.
 
     Raises:
-        InputError: a block of fewer than 2 weights.
+        InputError: a block of fewer than 2 weights, or of a fraction.
     """
+    if not isinstance(size, Integral):
+        raise InputError(f"The block size is {size!r}: give a whole number of weights, 2 or more.")
     if size < 2:
         raise InputError(f"The block size is {size}: give 2 or more, a scale for every weight would save nothing.")
-    return Grouping("row block" if within_rows else "block", size)
+    return Grouping("row block" if within_rows else "block", int(size))

@@ -68,12 +68,14 @@ def split_outliers(
         grouping: of the others; one scale a row if left out.
 
     Raises:
-        InputError: not a matrix, outliers in every column, or as `quantize`.
+        InputError: not a matrix, a threshold that is not above 0, outliers in every column, or as `quantize`.
 
     Source: the decomposition of Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339, on a stored matrix.
     """
     check_weights(w)
     _check_matrix(w)
+    if not threshold > 0:
+        raise InputError(f"The threshold is {threshold}: give a magnitude above 0, such as {THRESHOLD:g}.")
     outlying = (w.abs() >= threshold).any(0)  # (I,)
     if outlying.all():
         raise InputError(

@@ -6,6 +6,7 @@ Legend: B batch, T tokens of a block, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 FEWEST_TOKENS = 64
 """Of fewer, the mean loss would say more about the text than about the model."""
 
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -37,8 +40,11 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp(loss): among so many equally likely tokens the model might as well have guessed."""
-        return math.exp(self.loss)
+        """exp(loss): among so many equally likely tokens the model might as well have guessed.
+
+        Infinite where that is no number any more.
+        """
+        return math.inf if self.loss > _LARGEST_EXPONENT else math.exp(self.loss)
 
 
 def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, block_size: int = 256) -> TokenBlocks:

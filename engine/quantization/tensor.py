@@ -103,7 +103,7 @@ class QuantizedTensor:
         return isinstance(self.scales, QuantizedScales)
 
     def dequantize(self) -> Tensor:
-        """The weights that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        """The weights that the codes stand for, computed in float32 and rounded once to `dtype`, within its range."""
         kernels = kernels_for(self.payload)
         if kernels and kernels.decodes(self.data_type, self.grouping, self.dtype):
             levels = _levels_by_code(self.data_type, self.payload.device)
@@ -114,7 +114,7 @@ class QuantizedTensor:
         if self.zero_points is not None:
             codes = unpack(self.zero_points, self.data_type.bits, len(scales))
             levels = levels - self.data_type.decode(codes)[:, None]
-        return self.grouping.join(levels * scales[:, None], self.shape).to(self.dtype)
+        return round_to(self.grouping.join(levels * scales[:, None], self.shape), self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,8 @@ class Grid:
     def fit(cls, groups: Tensor, data_type: DataType) -> Grid:
         """The grid that just holds every weight of `groups` (G, S): the largest falls on the last level.
 
-        An asymmetric one reaches from the smallest to the largest weight, and always holds zero exactly.
+        An asymmetric one reaches from the smallest to the largest weight, and always holds zero exactly. Where that is
+        further than float32 reaches, its scale is infinite, which `store` refuses.
         """
         if data_type.has_zero_point:
             low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)  # (G,)
@@ -164,7 +165,16 @@ class Grid:
         return self.scales[:, None] * (levels if self.zero_points is None else levels - self.zero_points[:, None])
 
     def store(self, codes: Tensor, grouping: Grouping, like: Tensor, double_quantization: bool) -> QuantizedTensor:
-        """Codes of the shape of the weights `like`, with this grid's scales, as a tensor."""
+        """Codes of the shape of the weights `like`, with this grid's scales, as a tensor.
+
+        Raises:
+            InputError: a scale is not finite.
+        """
+        if not self.scales.isfinite().all():
+            raise InputError(
+                "The smallest and the largest weight of a group are further apart than float32 can count, so that no "
+                f"scale of {self.data_type.name} fits them: make the weights smaller or use a symmetric data type."
+            )
         bits = self.data_type.bits
         return QuantizedTensor(
             payload=pack(codes.flatten(), bits),
@@ -194,7 +204,8 @@ def quantize(
         double_quantization: store the scales as 8-bit differences from their mean, in blocks of 256.
 
     Raises:
-        InputError: no weights, not floating point, a NaN or Inf (the message says where), an unknown data type.
+        InputError: no weights, not floating point, a NaN or Inf (the message says where), an unknown data type, or
+            weights whose scales float32 cannot hold.
 
     Source: block-wise absmax as in bitsandbytes 0.50, `quantize_4bit`: same codes, same scales, same values for NF4 and
     its FP4. Within the last block of a tensor that S does not divide, its CPU kernel divides by the scale where it
@@ -218,7 +229,18 @@ def quantize(
 
 def _quantize_scales(scales: Tensor) -> QuantizedScales:
     mean = scales.mean()
+    if not mean.isfinite():
+        raise InputError(
+            "The scales of these weights add up to more than float32 can count, so that they cannot be quantized "
+            "themselves: make the weights smaller or leave double quantization off."
+        )
     return QuantizedScales(quantize(scales - mean, dynamic_8bit(), per_block(SCALES_PER_BLOCK)), mean)
+
+
+def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 `values` in `dtype`; what is beyond its largest number becomes that."""
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
 
 
 def kernels_for(like: Tensor) -> ModuleType | None:

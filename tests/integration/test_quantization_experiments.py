@@ -16,6 +16,7 @@ from engine.catalogue import SMOLLM2_Q4
 from engine.errors import InputError, JobCancelledError
 from engine.experiments import (
     _quantization,
+    _quantization_source,
     quantization,
     quantization_map,
     quantization_rates,
@@ -181,6 +182,26 @@ class TestWeights:
         worst = found.worst_blocks[found.block_errors.argmax()]
         assert look(bits=2, block_size=16, block=int(worst)).block.worst
 
+    @pytest.mark.parametrize("data_type", ["NormalFloat", "Integer"])
+    def test_the_error_of_a_last_block_that_is_not_full(self, data_type):
+        """The zeros that fill it up have no error and are not counted."""
+        settings = {"source": "normal", "block_size": 100, "bits": 3, "data_type": data_type}
+        found = look(**settings, block=655)
+        assert (found.num_blocks, found.block.index, found.block.size) == (656, 655, 36)
+        assert len(found.block.error) == 36
+        assert found.block.rms_error == pytest.approx(np.sqrt(np.square(found.block.error).mean()), rel=1e-5)
+        assert found.block_errors[-1] == pytest.approx(found.block.rms_error)
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("scale", ["per block", "per channel", "per tensor"])
+    def test_the_shown_weights_start_where_it_is_said(self, seed, scale):
+        params = quantization.Params(source="normal with outliers", outliers=0.002, scale=scale, seed=seed)
+        found = quantization.run(params, LocalJob())
+        weights = _quantization_source.read_weights(params, LocalJob()).values.flatten().numpy()
+        start, shown = found.block.start, len(found.block.original)
+        np.testing.assert_array_equal(found.block.original, weights[start : start + shown])
+        assert start > 0
+
     def test_a_smaller_block_saves_the_neighbours_of_an_outlier(self):
         """One outlier wrecks its block; the smaller the block, the fewer weights are in it."""
         wrecked = [
@@ -230,6 +251,12 @@ class TestSources:
 
 
 class TestRefusals:
+    def test_a_head_that_shares_the_embeddings_weights(self):
+        with pytest.raises(InputError) as refused:
+            look(layer="lm_head")
+        assert "lm_head of storyteller shares the weights of model.embed_tokens" in str(refused.value)
+        assert "There is no" not in str(refused.value)
+
     def test_a_layer_that_does_not_exist(self):
         with pytest.raises(InputError, match=r"no linear layer 'layers\.9'.*one of its 42, model\.layers\.0"):
             look(layer="layers.9")

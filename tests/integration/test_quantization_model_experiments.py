@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from engine import llama, pretrained
 from engine.catalogue import MINILM
@@ -87,14 +89,50 @@ class TestModel:
         assert by_method["AWQ"].loss < by_method["rounding"].loss
         for better in ("GPTQ", "AWQ"):
             assert by_method[better].output_error < by_method["rounding"].output_error
-        assert f"{found.original.perplexity:.2f}" in found.sentence
+        for point in (found.original, *found.points):
+            assert _quantization_perplexity.in_words(point.perplexity) in found.sentence
+        for way in ("GPTQ (2.50)", "AWQ (2.55)", "rounding (2.50)"):  # AWQ has a scale for each input besides
+            assert way in found.sentence
+        assert "e+" not in found.sentence
         assert found.calibration_tokens == 4096
 
-    def test_calibration_text_is_not_measured_on(self):
+    @pytest.mark.parametrize("tokens", [64, 200, 65_536])
+    def test_calibration_text_is_not_measured_on(self, tokens, monkeypatch):
+        read = []
+
+        def watch(model, blocks, **values):
+            read.append(blocks)
+            return {}
+
+        monkeypatch.setattr("engine.quantization.calibration.collect_statistics", watch)
+        model = replace(pretrained.load())  # nothing is kept of a new one
+        _quantization_perplexity.calibration(model)
+        (learned,) = read
+        assert torch.equal(learned.ids, _quantization_perplexity.calibration_blocks(model).ids)
+        assert len(learned) * learned.block_size == _quantization_perplexity.calibration_tokens(model) == 4096
+        measured = _quantization_perplexity.read_text(quantization_model.Params(tokens=tokens), model).blocks
+        length = measured.ids.shape[1]
+        windows = learned.ids.unfold(1, length, 1).reshape(-1, length)
+        assert not any((windows == row).all(-1).any() for row in measured.ids)
+
+    def test_the_output_error_is_the_mean_over_the_layers(self):
         model = pretrained.load()
-        everything = _quantization_perplexity.read_text(quantization_model.Params(tokens=65_536), model)
-        last = _quantization_perplexity._stories(model).ids[-_quantization_perplexity.CALIBRATION_BLOCKS :]
-        assert not (everything.blocks.ids[:, None] == last).all(-1).any()
+        statistics = _quantization_perplexity.calibration(model)
+        layers = quantize_layers(model.model, "int3", per_block(64), statistics=statistics).quantization.layers
+        errors = [layer.output_error for layer in layers]
+        (point,) = sweep().points
+        assert point.output_error == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+        assert max(errors) > 2 * point.output_error
+
+    @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.float16, 16), (torch.bfloat16, 16)])
+    def test_the_original_takes_the_bits_that_its_numbers_need(self, tiny, tmp_path, dtype, bits):
+        AutoModelForCausalLM.from_pretrained(tiny).to(dtype).save_pretrained(tmp_path)
+        pretrained.load(tiny).tokenizer.save_pretrained(tmp_path)
+        found = sweep(model=str(tmp_path), text=OWN).original
+        assert (found.data_type, found.bits, found.bits_per_weight) == (f"{bits}-bit", bits, bits)
+
+    def test_the_default_goes_from_8_bits_to_2(self):
+        assert sorted(quantization_model.Params().widths) == [2, 3, 4, 5, 6, 8]
 
     def test_points_come_in_order_grow_and_are_kept(self, tiny):
         shown, reported = [], []
@@ -199,7 +237,16 @@ class TestModel:
 
     def test_a_perplexity_beyond_all_numbers(self):
         assert _quantization_perplexity.perplexity_of(1e4) == math.inf
+        assert math.isnan(_quantization_perplexity.perplexity_of(math.nan))
         assert _quantization_perplexity.perplexity_of(2.0) == pytest.approx(math.exp(2))
+
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [(5.2768, "5.277"), (697.37, "697.4"), (42_029.97, "42,000"), (1e6, "1,000,000"), (math.inf, "∞")],
+    )
+    def test_a_perplexity_in_words(self, value, words):
+        assert _quantization_perplexity.in_words(value) == words
+        assert _quantization_perplexity.in_words(math.nan) == "no number"
 
 
 class TestMap:
@@ -247,6 +294,53 @@ class TestSensitivity:
         assert part.increase == pytest.approx(part.perplexity / found.original_perplexity - 1)
         assert part.weights == 6 * 256 * 256
         assert found.quantized_perplexity > max(one.perplexity for one in found.parts)
+
+    def test_the_sentence_says_by_how_much(self, tiny):
+        found = sensitivity(model=tiny, text=OWN, unit="kind", bits=2)
+        worst = max(part.increase for part in found.parts)
+        assert f"alone costs most, {worst:+.2%} perplexity." in found.sentence
+        at_once = found.quantized_perplexity / found.original_perplexity - 1
+        one_by_one = sum(part.increase for part in found.parts)
+        assert f"All parts at once cost {at_once:+.2%} perplexity, " in found.sentence
+        assert found.sentence.endswith(f"add up to {one_by_one:+.2%} perplexity.")
+
+    def test_beyond_tenfold_the_sentence_says_how_many_times(self):
+        found = sensitivity(unit="block", bits=2)
+        times = found.quantized_perplexity / found.original_perplexity
+        assert times > 1000
+        said = f"All parts at once cost a perplexity {_quantization_perplexity.in_words(times)} times as high"
+        assert said in found.sentence
+
+    def test_parts_of_another_device_and_of_a_changed_model_are_measured_anew(self, tiny, tmp_path, monkeypatch):
+        measured, original = [], quantization_sensitivity._measure
+
+        def watch(*given):
+            measured.append(given)
+            return original(*given)
+
+        monkeypatch.setattr(quantization_sensitivity, "_measure", watch)
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        tokenizer = pretrained.load(tiny).tokenizer
+
+        def run(device="cpu"):
+            before = len(measured)
+            job = LocalJob()
+            job.device = device
+            found = sensitivity(job, model=str(tmp_path), text=OWN, unit="block", bits=2)
+            return found, len(measured) - before
+
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        first, count = run()
+        assert count == len(first.parts) + 1
+        assert run()[1] == 0
+        assert run("cpu:0")[1] == count
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(3)
+        model.save_pretrained(tmp_path)
+        changed, again = run()
+        assert again == count
+        assert changed.quantized_perplexity != first.quantized_perplexity
 
     @pytest.mark.parametrize(("unit", "count"), [("layer", 22), ("block", 4), ("kind", 8)])
     def test_parts_cover_the_map(self, tiny, unit, count):

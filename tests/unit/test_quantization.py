@@ -268,6 +268,35 @@ class TestQuantize:
         with pytest.raises(InputError, match=words):
             quantize(w)
 
+    @pytest.mark.parametrize("name", DATA_TYPE_NAMES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("double", [False, True])
+    def test_the_largest_numbers_of_a_dtype_stay_finite(self, name, dtype, double):
+        """A zero point is rounded, and so may a level lie beyond the largest weight."""
+        largest = torch.finfo(dtype).max * (1 if dtype == torch.float16 else 0.4)
+        w = (normal(0, 2, 64).clamp(-1, 1) * largest).to(dtype)
+        w[0, :2] = torch.tensor([largest, -largest])
+        assert quantize(w, name, double_quantization=double).dequantize().isfinite().all()
+
+    def test_scales_that_float32_cannot_hold_are_refused_in_words(self):
+        far_apart = torch.tensor([3e38, -3e38, 1, 2])
+        with pytest.raises(InputError, match=r"further apart than float32.*no scale of uint4 fits"):
+            quantize(far_apart, "uint4")
+        assert quantize(far_apart, "int4").dequantize().isfinite().all()
+        huge = torch.full((64 * 8,), 3e38)
+        with pytest.raises(InputError, match=r"^The scales of these weights.*leave double quantization off"):
+            quantize(huge, "nf4", double_quantization=True)
+        torch.testing.assert_close(quantize(huge, "nf4").dequantize(), huge)
+
+    @pytest.mark.parametrize("within_rows", [False, True])
+    def test_a_block_is_no_longer_than_what_there_is(self, within_rows):
+        w = normal(0, 4, 33)
+        long, whole = per_block(2**40, within_rows), per_channel() if within_rows else per_tensor()
+        assert long.split(w).shape == whole.split(w).shape
+        one, other = quantize(w, "int4", long), quantize(w, "int4", whole)
+        assert torch.equal(one.dequantize(), other.dequantize())
+        assert one.nbytes == other.nbytes
+
     def test_what_is_no_weight_is_refused(self):
         with pytest.raises(InputError, match="int64: give floating-point"):
             quantize(torch.arange(4))
@@ -275,6 +304,9 @@ class TestQuantize:
             quantize(torch.zeros(0, 3))
         with pytest.raises(InputError, match="block size is 1: give 2 or more"):
             per_block(1)
+        for size in (2.5, math.nan, "64"):
+            with pytest.raises(InputError, match=r"block size is .*: give a whole number"):
+                per_block(size)
 
     def test_a_parameter_is_quantized_without_gradients_and_left_as_it_is(self):
         w = torch.nn.Parameter(normal(0, 4, 64))
@@ -333,6 +365,9 @@ class TestOutliers:
             split_outliers(torch.ones(2, 4), 0.5)
         with pytest.raises(InputError, match=r"shape \(8,\): give a matrix"):
             split_outliers(torch.ones(8), 2.0)
+        for threshold in (math.nan, 0.0, -1.0):
+            with pytest.raises(InputError, match=rf"threshold is {threshold}: give a magnitude above 0"):
+                split_outliers(torch.ones(2, 4), threshold)
         with pytest.raises(InputError, match=r"int4 per channel.*quantize a matrix to int8"):
             int8_product(torch.ones(2, 4), quantize(torch.ones(3, 4), "int4", per_channel()))
 

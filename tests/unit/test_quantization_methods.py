@@ -15,12 +15,12 @@ from engine.data import TokenBlocks
 from engine.errors import InputError
 from engine.model import Decoder, ModelConfig
 from engine.pretraining.run import read_stories
-from engine.quantization.awq import quantize_awq
+from engine.quantization.awq import ScaledTensor, quantize_awq
 from engine.quantization.calibration import InputStatistics, collect_statistics
 from engine.quantization.gptq import quantize_gptq
 from engine.quantization.grouping import per_block, per_channel, per_tensor
 from engine.quantization.methods import quantize_layers
-from engine.quantization.perplexity import measure_perplexity, read_blocks
+from engine.quantization.perplexity import Perplexity, measure_perplexity, read_blocks
 from engine.quantization.tensor import quantize
 
 SEEDS = range(3)
@@ -139,6 +139,33 @@ class TestGPTQ:
         assert ((ours - result).abs() < 1e-5).float().mean() > 0.99  # but for rounding errors at a tie
         assert output_error(w, ours, x) == pytest.approx(output_error(w, result, x), rel=0.05)
 
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_the_fewer_tokens_the_more_damping(self, seed):
+        """0.01 + I / 2N: what a few tokens have in common by chance is not made use of."""
+        w = torch.randn(48, 128, generator=generator(seed))
+        few, other = (torch.randn(tokens, 128, generator=generator(seed + tokens)) for tokens in (64, 2000))
+        statistics = statistics_of(few)
+        found = quantize_gptq(w, statistics, "int3")
+        assert torch.equal(found.codes, quantize_gptq(w, statistics, "int3", damping=0.01 + 128 / (2 * 64)).codes)
+        careless = quantize_gptq(w, statistics, "int3", damping=0.01)
+        errors = [output_error(w, q.dequantize(), other) for q in (found, careless)]
+        assert errors[0] < 0.6 * errors[1]
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("scale", [0.003, 1.0, 1000.0])
+    def test_inputs_that_are_always_zero_have_no_part_in_the_damping(self, seed, scale):
+        w, x = layer(seed, inputs=128)
+        x = x * scale / x.abs().mean()
+        x[:, torch.randperm(128, generator=generator(seed))[:32]] = 0
+        fitting, other = x[:600], x[600:]
+        better, rounded = quantize_gptq(w, statistics_of(fitting), "int3"), quantize(w, "int3")
+        assert output_error(w, better.dequantize(), other) < 0.6 * output_error(w, rounded.dequantize(), other)
+
+    def test_blocks_that_do_not_divide_rows_are_more_scales(self):
+        w, x = layer(0, inputs=100, outputs=64)
+        assert quantize(w, "int4").bits_per_weight == 4.5
+        assert quantize_gptq(w, statistics_of(x), "int4").bits_per_weight == 4 + 32 * 2 / 100
+
     def test_double_quantization_and_dtype_are_kept(self):
         w, x = layer(0, outputs=512)
         q = quantize_gptq(w.bfloat16(), statistics_of(x), "int4", per_block(32), double_quantization=True)
@@ -149,8 +176,21 @@ class TestGPTQ:
         w, x = layer(0)
         with pytest.raises(InputError, match=r"shape \(48, 63\) and the statistics are of 64 inputs"):
             quantize_gptq(w[:, :63], statistics_of(x))
-        with pytest.raises(InputError, match="damping is 0: it must be above 0"):
-            quantize_gptq(w, statistics_of(x), damping=0)
+        for damping in (0, -1.0, math.inf, math.nan):
+            with pytest.raises(InputError, match=rf"damping is {damping}: it must be above 0 and finite"):
+                quantize_gptq(w, statistics_of(x), damping=damping)
+        for damping in (1e-30, 1e308):
+            with pytest.raises(InputError, match=r"cannot be inverted: 0\.01 to 0\.1 is usual"):
+                quantize_gptq(w, statistics_of(x[:20]), damping=damping)
+
+    @pytest.mark.parametrize("method", [quantize_gptq, quantize_awq])
+    def test_statistics_that_are_no_numbers_are_refused(self, method):
+        w, x = layer(0)
+        for value in (math.nan, math.inf):
+            broken = statistics_of(x)
+            broken.hessian[3, 4] = value
+            with pytest.raises(InputError, match="statistics hold numbers that are not finite"):
+                method(w, broken)
 
 
 class TestAWQ:
@@ -173,6 +213,56 @@ class TestAWQ:
         better = quantize_awq(w, even, "int3")
         assert better.exponent == 0
         assert torch.equal(better.dequantize(), quantize(w, "int3").dequantize())
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("name", ["int3", "nf4"])
+    def test_small_weights_of_large_inputs_are_scaled_to_the_end(self, seed, name):
+        """Where w·x is of one size everywhere, s ∝ |x| makes all weights equally large: α = 1, or next to it."""
+        w = torch.randn(48, 64, generator=generator(seed))
+        x = torch.randn(600, 64, generator=generator(seed + 10))
+        w[:, ::2] /= 10
+        x[:, ::2] *= 10
+        assert quantize_awq(w, statistics_of(x), name).exponent >= 0.9
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("size", [1e-3, 1e6])
+    def test_the_unit_of_the_inputs_does_not_matter(self, seed, size):
+        """s is normalised to √(max s · min s) = 1, so that it stays within float16 whatever the inputs' size."""
+        w, x = layer(seed)
+        x = x / x.abs().mean(0).amin()
+        one, other = quantize_awq(w, statistics_of(x), "int3"), quantize_awq(w, statistics_of(size * x), "int3")
+        assert one.exponent == other.exponent > 0
+        scales = other.input_scales.float()
+        assert (scales.max() * scales.min()).item() == pytest.approx(1, rel=2e-3)
+        torch.testing.assert_close(one.input_scales, other.input_scales, rtol=2e-3, atol=0)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_double_quantization_is_smaller_and_hardly_worse(self, seed):
+        w, x = layer(seed, outputs=512)
+        single, double = (
+            quantize_awq(w, statistics_of(x), "int4", per_block(32), double_quantization=double)
+            for double in (False, True)
+        )
+        assert single.bits_per_weight - double.bits_per_weight == pytest.approx(24 / 32 - 32 / (32 * 256), abs=2e-3)
+        assert double.exponent == single.exponent
+        errors = [output_error(w, q.dequantize(), x) for q in (single, double)]
+        assert errors[0] != errors[1]
+        assert errors[1] < 1.1 * errors[0]
+
+    def test_statistics_of_another_layer_are_refused(self):
+        w, x = layer(0)
+        with pytest.raises(InputError, match=r"shape \(48, 63\) and the statistics are of 64 inputs"):
+            quantize_awq(w[:, :63], statistics_of(x))
+        with pytest.raises(InputError, match=r"shape \(48,\) and the statistics are of 64 inputs"):
+            quantize_awq(w[:, 0], statistics_of(x))
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_the_largest_numbers_of_a_dtype_stay_finite(self, seed):
+        w, x = layer(seed)
+        w = (w / w.abs().max() * 65504).half()
+        assert quantize_awq(w, statistics_of(x), "uint4").dequantize().isfinite().all()
+        beyond = ScaledTensor(quantize(w, "int4"), torch.full((64,), 0.5, dtype=torch.float16), 1.0)
+        assert beyond.dequantize().abs().max() == 65504
 
     def test_a_layer_without_inputs_is_rounded(self):
         w, _ = layer(0)
@@ -247,6 +337,11 @@ class TestPerplexity:
             assert measured.loss == pytest.approx(expected, rel=1e-5)
             assert measured.value == pytest.approx(math.exp(expected), rel=1e-4)
             assert measured.tokens == 6 * 24
+
+    def test_beyond_all_numbers_it_is_infinite_and_of_a_broken_model_no_number(self):
+        assert Perplexity(1e4, 1).value == math.inf
+        assert Perplexity(709.0, 1).value == pytest.approx(math.exp(709))
+        assert math.isnan(Perplexity(math.nan, 1).value)
 
     def test_too_short_a_text_is_refused_and_a_short_one_is_one_block(self):
         tokenizer = AutoTokenizer.from_pretrained(STORYTELLER)

@@ -238,6 +238,29 @@ def test_what_is_quantized_already_is_said_to_be(convert):
         quantize_model_4bit(convert(decoder()))
 
 
+@pytest.mark.parametrize("convert", [quantize_model_4bit, quantize_model_8bit])
+def test_a_dtype_that_bitsandbytes_does_not_take_is_refused(convert):
+    with pytest.raises(InputError, match=r"weights of layers\.0\.self_attn\.q_proj are float64: bitsandbytes takes"):
+        convert(decoder().double())
+
+
+@pytest.mark.parametrize("quant_type", ["int4", "NF4", None])
+def test_another_four_bit_type_is_refused(quant_type):
+    with pytest.raises(InputError, match=r"no 4-bit type .*: choose nf4 or fp4"):
+        quantize_model_4bit(decoder(), quant_type)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_layers_bits_count_its_copy_of_the_codebooks_and_a_tensors_do_not(double):
+    torch.manual_seed(0)
+    model = nn.Linear(256, 256)
+    (layer,) = quantize_model_4bit(model, double_quantization=double).quantization.quantized
+    codebooks = 64 + (1024 if double else 0)
+    stored = quantize(model.weight, "nf4", double_quantization=double)
+    assert layer.nbytes == stored.nbytes + codebooks
+    assert layer.bits_per_weight == pytest.approx(stored.bits_per_weight + 8 * codebooks / 256**2)
+
+
 def test_adapters_learn_on_a_quantized_model():
     model = quantize_model_4bit(decoder())
     inject_lora(model, rank=4)
