@@ -8,12 +8,16 @@ It counts `engine.model.Decoder` in eager mode with PyTorch's fused attention an
 tensor by tensor: what each operation saves for the backward pass, and what it makes on the way. The peak is a maximum
 over time, so several moments of a step are counted and the largest is the answer. Needs no torch.
 
+Generating is counted where it holds most, as `engine.generation` reads a prompt of N tokens: all at once, without
+anything for a backward pass. Every token after it takes less on the way.
+
 Legend: N = batch · length tokens, L blocks, D model width, F feed-forward width, H query heads, G key/value heads,
 d head width, V vocabulary, R rank, I inputs, O outputs, P parameters, w bytes of a number that is computed with.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -40,14 +44,14 @@ MOST = 2**20
 """The largest batch or length that is looked for."""
 
 PARTS: dict[Part, str] = {
-    "weights": "the model's own numbers, in the bits that were chosen; embeddings and norms stay in 16 or 32",
+    "weights": "the model's own numbers, in the bits that were chosen; embeddings, head and norms stay in 16 or 32",
     "scales": "what few-bit codes are multiplied by: one for every block of 64 weights, or for every output",
     "adapters": "A and B of every adapted matrix, R·(I + O) numbers in float32",
     "optimizer state": "AdamW's two running means for every trained number",
     "gradients": "one number for every trained one",
     "activations": "what the forward pass keeps of every token for the backward pass",
     "logits and loss": "a score for every token and every word of the vocabulary, and its gradient",
-    "temporary tensors": "gradients of activations, and matrices that are unpacked to be multiplied",
+    "temporary tensors": "gradients of activations, what a block makes of a prompt, matrices unpacked for a product",
     "KV cache": "keys and values of every token so far, 2·L·G·d numbers a token",
     "workspace": "what cuBLAS keeps for its products: 32 MiB for each of the two passes",
 }
@@ -104,8 +108,7 @@ class Budget:
 def budget(plan: Plan) -> Budget:
     """The memory of one step of `plan`, not the first one: the optimizer's state is there from the start."""
     if plan.method == "generation":
-        cache = {"KV cache": kv_cache_bytes(plan), "logits and loss": plan.batch * plan.config.vocab_size * plan.width}
-        return Budget((Moment("the last token", {**_weights(plan), **cache, **_workspace(plan)}),), 0, 0)
+        return Budget(_reading_a_prompt(plan), 0, 0)
     config, N, w = plan.config, plan.tokens, plan.width
     D, V = config.d_model, config.vocab_size
     on_card, paged = optimizer_bytes(plan)
@@ -123,7 +126,7 @@ def budget(plan: Plan) -> Budget:
     of_block, of_down = _block_gradients(plan)
     of_others = (config.num_layers - 1) * of_block
     logits = N * V * (w + (4 if w < 4 else 0) + 4)  # as computed, in float32, as log-probabilities
-    unpacked = 2 * V * D if plan.is_quantized and not config.tie_embeddings else 0
+    unpacked = _unpacked_head(plan)
     in_block = _temporary_in_block(plan)
 
     def moment(name: str, parts: dict[Part, int]) -> Moment:
@@ -173,14 +176,23 @@ def budget(plan: Plan) -> Budget:
 def largest(plan: Plan, card: float, what: Literal["batch", "length"]) -> int:
     """The largest batch or length, the rest of `plan` as it is, whose peak is at most `card` bytes, and at most `MOST`.
 
-    It is 0 if not even 1 fits. Every moment is a + b·value bytes, so that two values of it tell all others.
+    It is 0 if not even 1 fits. The peak is made of terms a + b·value, their sums and their maxima, and so is convex in
+    the value: what a straight line between two peaks allows does fit, and the search begins there.
     """
-    first, second = (budget(dataclasses.replace(plan, **{what: value})).moments for value in (1, 2))
-    most = math.inf
-    for one, two in zip(first, second, strict=True):
-        room, growth = card - one.total, two.total - one.total
-        most = min(most, 1 + room // growth if room >= 0 and growth else math.inf if room >= 0 else 0)
-    return int(min(most, MOST))
+
+    def peak(value: int) -> int:
+        return budget(dataclasses.replace(plan, **{what: value})).peak.total
+
+    least, most = peak(1), peak(MOST)
+    if least > card:
+        return 0
+    if most <= card:
+        return MOST
+    fits, step = 1 + int((card - least) * (MOST - 1) // (most - least)), 1
+    while peak(fits + step) <= card:
+        fits, step = fits + step, 2 * step
+    between = range(fits + 1, fits + step)
+    return fits + bisect.bisect_right(between, card, key=peak)
 
 
 def weight_bytes(plan: Plan) -> tuple[int, int]:
@@ -188,7 +200,7 @@ def weight_bytes(plan: Plan) -> tuple[int, int]:
 
     A matrix of n weights has n·w bytes, or n codes in int8 and a float32 scale for every output, or n/2 bytes in NF4
     and, for each 64 weights, a float32 scale; double quantized that is one byte, and a float32 scale for 256 of those.
-    Embeddings, tied heads and norms keep w bytes a number.
+    Embeddings, norms and, unless the plan says otherwise, the head keep w bytes a number.
 
     Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339; 2023, https://arxiv.org/abs/2305.14314.
     """
@@ -199,7 +211,7 @@ def weight_bytes(plan: Plan) -> tuple[int, int]:
         return config.num_parameters * plan.width, 0
     if plan.weights == "int8":
         outputs = config.num_layers * sum(out for _, out in plan.projections().values())
-        return in_matrices + rest * plan.width, 4 * (outputs + (0 if config.tie_embeddings else config.vocab_size))
+        return in_matrices + rest * plan.width, 4 * (outputs + config.vocab_size * plan.head_is_quantized)
     codes = sum(count * math.ceil(size / 2) for size, count in matrices.items())
     scales = 0
     for size, count in matrices.items():
@@ -240,6 +252,29 @@ def kv_cache_bytes(plan: Plan) -> int:
     return 2 * config.num_layers * plan.tokens * config.num_kv_heads * config.head_dim * plan.width
 
 
+def _reading_a_prompt(plan: Plan) -> tuple[Moment, ...]:
+    """What is held in a block, where its feed-forward network holds most, and at the head.
+
+    Until then the block has its input and its caller's, the norm's output, queries and heads. The network adds gate,
+    up, silu(gate) and their product or, once silu(gate) is gone, its output and a matrix that is unpacked for it.
+    """
+    config, N, w = plan.config, plan.tokens, plan.width
+    D, F, V = config.d_model, config.ffn_dim, config.vocab_size
+    held = {**_weights(plan), "KV cache": kv_cache_bytes(plan), **_workspace(plan)}
+    table = 4 * plan.length * config.head_dim
+    attended = N * (3 * D + 2 * config.num_heads * config.head_dim) * w
+    fed = max(4 * N * F * w, N * (3 * F + D) * w + _unpacked_in_block(plan))
+    temporary = {
+        "a block that reads the prompt": {"temporary tensors": table + attended + fed},
+        "the head after the prompt": {
+            "temporary tensors": table + N * D * w + _unpacked_head(plan),
+            "logits and loss": plan.batch * V * w,
+        },
+    }
+    parts = {name: {**held, **made} for name, made in temporary.items()}
+    return tuple(Moment(name, {part: now[part] for part in PARTS if now.get(part)}) for name, now in parts.items())
+
+
 def _weights(plan: Plan) -> dict[Part, int]:
     weights, scales = weight_bytes(plan)
     return {"weights": weights, "scales": scales}
@@ -275,5 +310,12 @@ def _block_gradients(plan: Plan) -> tuple[int, int]:
 
 def _temporary_in_block(plan: Plan) -> int:
     """At their most, in the feed-forward network: two gradients of width F more than are freed, one of D, a matrix."""
-    unpacked = plan.config.d_model * plan.config.ffn_dim * plan.width if plan.is_quantized else 0
-    return plan.tokens * (2 * plan.config.ffn_dim + plan.config.d_model) * plan.width + unpacked
+    return plan.tokens * (2 * plan.config.ffn_dim + plan.config.d_model) * plan.width + _unpacked_in_block(plan)
+
+
+def _unpacked_in_block(plan: Plan) -> int:
+    return plan.config.d_model * plan.config.ffn_dim * plan.width if plan.is_quantized else 0
+
+
+def _unpacked_head(plan: Plan) -> int:
+    return plan.config.vocab_size * plan.config.d_model * plan.width if plan.head_is_quantized else 0

@@ -64,10 +64,8 @@ def build(plan: Plan, device: str, seed: int = 0) -> tuple[Decoder, torch.optim.
             model = Decoder(plan.config).train()
     finally:
         torch.set_default_dtype(before)
-    if plan.weights == "int8":
-        model = quantize_model_8bit(model)
-    elif plan.is_quantized:
-        model = quantize_model_4bit(model, "nf4", plan.weights != "nf4")
+    if plan.is_quantized:
+        model = _quantized(plan, model)
     if plan.method == "LoRA":
         inject_lora(model, plan.rank, targets=plan.targets, adapter_dtype=torch.float32)
     model.gradient_checkpointing = plan.checkpointing
@@ -112,6 +110,15 @@ def measure_step(plan: Plan, model: Decoder, optimizer: torch.optim.Optimizer, d
     finally:
         optimizer.zero_grad()
     return MeasuredStep(peak, weights, on_card, paged, gradients, saved, loss)
+
+
+def _quantized(plan: Plan, model: Decoder) -> Decoder:
+    """A copy in the plan's format, but for a head that the plan leaves in 16 bits."""
+    four_bit = plan.weights != "int8"
+    few_bits = quantize_model_4bit(model, "nf4", plan.weights != "nf4") if four_bit else quantize_model_8bit(model)
+    if not plan.head_is_quantized and not plan.config.tie_embeddings:
+        few_bits.lm_head = model.lm_head
+    return few_bits
 
 
 def _optimizer(plan: Plan, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -33,26 +33,27 @@ def saved_by_block(plan: Plan, first: bool = False) -> int:
     D, F = config.d_model, config.ffn_dim
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     learns = set(plan.projections()) if plan.trains_everything else set(plan.adapted())
-    keeps = set(plan.projections()) if plan.weights == "int8" else learns  # of bitsandbytes' int8 each keeps its input
+    int8 = plan.weights == "int8"  # bitsandbytes' layers keep every input that wants a gradient
     reads_gradient = plan.trains_everything or not first
     attends = reads_gradient or bool(learns & {"q_proj", "k_proj", "v_proj"})
     feeds = attends or "o_proj" in learns
     saved = 0
     if reads_gradient:
         saved += _saved_by_norm(plan)
-    if keeps & {"q_proj", "k_proj", "v_proj"}:
+    if learns & {"q_proj", "k_proj", "v_proj"} or (int8 and reads_gradient):
         saved += N * D * w
     if attends:
         saved += N * (2 * (queries + keys) * w + 4 * config.num_heads)
-    elif "o_proj" in keeps:
+    elif "o_proj" in learns:
         saved += N * queries * w
     if feeds:
         saved += _saved_by_norm(plan)
-    if keeps & {"gate_proj", "up_proj"}:
+    gates = feeds or bool(learns & {"gate_proj", "up_proj"})
+    if learns & {"gate_proj", "up_proj"} or (int8 and feeds):
         saved += N * D * w
-    if feeds or learns & {"gate_proj", "up_proj"}:
+    if gates:
         saved += 3 * N * F * w
-    if "down_proj" in keeps:
+    if "down_proj" in learns or (int8 and gates):
         saved += N * F * w
     return saved + _saved_by_adapters(plan)
 
@@ -79,5 +80,5 @@ def _saved_by_adapters(plan: Plan) -> int:
 
 def saved_by_head(plan: Plan) -> int:
     """The last norm, and what a trained head reads."""
-    keeps = plan.trains_everything or (plan.weights == "int8" and not plan.config.tie_embeddings)
+    keeps = plan.trains_everything or (plan.weights == "int8" and plan.head_is_quantized)
     return _saved_by_norm(plan) + (plan.tokens * plan.config.d_model * plan.width if keeps else 0)

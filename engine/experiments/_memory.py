@@ -24,6 +24,19 @@ Trained = Literal["LoRA", "full fine-tuning"]
 SHAPES = {shape.name: shape for shape in _lora.SHAPES}
 """By name."""
 
+CONTEXTS: dict[ShapeName, int] = {
+    "storyteller": 512,
+    "SmolLM2-135M": 8192,
+    "1.1 B, Llama-shaped": 2048,
+    "Llama 7B": 4096,
+    "Llama 3 70B": 8192,
+}
+"""Tokens that the model of that shape was trained to read at once; of 7 B that is Llama 2.
+
+Source: storyteller's own record, and ``max_position_embeddings`` of SmolLM2-135M, TinyLlama-1.1B, Llama-2-7b and
+Meta-Llama-3-70B on the Hugging Face Hub.
+"""
+
 _LONGEST = 2**17
 
 
@@ -38,7 +51,8 @@ class PlanParams(ExperimentParams):
         "nf4, double quantized",
         title="Frozen weights are in",
         description="QLoRA is LoRA beside weights in 4 bits. Double quantized: the scales are in 8 bits as well. "
-        "Weights that are trained themselves stay in bfloat16 unless float32 is chosen.",
+        "Embeddings, norms and the head stay in 16 bits, as QLoRA leaves them. Weights that are trained themselves "
+        "stay in bfloat16 unless float32 is chosen.",
     )
     rank: int = Field(16, ge=1, le=128, title="Rank", description="R of every adapter.")
     targets: _lora.Targets = Field("all", title="Adapted matrices", description="Which of a block's have an adapter.")
@@ -137,12 +151,14 @@ class Recorded:
         paged: the paged optimizer's run as `memory_paged.Result` says it, as plain values; None if it failed.
         parameters: of the model.
         provenance: where, when and with what, in a few words.
+        quantizes_head: whether a head was in few bits where the other matrices were.
     """
 
     rows: tuple[RecordedRow, ...]
     paged: dict[str, Any] | None
     parameters: int
     provenance: str
+    quantizes_head: bool
 
 
 @lru_cache(maxsize=1)
@@ -167,9 +183,11 @@ def read(path: Path) -> Recorded:
         for entry in log["rows"]
         if "error" not in entry
     )
+    plans = [entry["plan"] for entry in log["rows"] if "plan" in entry]
     return Recorded(
         rows,
         None if "error" in log["paged"] else log["paged"],
         log["model"]["parameters"],
         f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {log['recorded']}, {versions}",
+        any(plan.get("quantizes_head", True) for plan in plans),  # plans that do not say so are of before it was one
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from engine.experiments._memory import PlanParams
+from engine.experiments._memory import CONTEXTS, PlanParams
 from engine.memory_budget import GB, Moment, budget, largest
 from engine.training_plan import Method, Plan, Weights
 
@@ -37,7 +37,7 @@ class Way:
         peak: when most is held, and what.
         paged_bytes: of optimizer state that need not be on the card; not in the peak.
         largest_batch: that fits the card at this length; 0 if none does.
-        largest_length: that fits at this batch, in tokens.
+        largest_length: that fits at this batch, in tokens; the model may read fewer.
         fits: whether it fits as it is.
     """
 
@@ -76,6 +76,7 @@ class Result:
         chosen: which of them the settings are, as an index.
         moments: of a step of that one, in the order of time.
         rooms: what fits, with and without checkpointing, for every way that trains.
+        context: tokens that the model reads at most, whatever the card has room for.
         sentence: which of them fit, and which part is largest.
     """
 
@@ -84,6 +85,7 @@ class Result:
     chosen: int
     moments: tuple[Moment, ...]
     rooms: tuple[Room, ...]
+    context: int
     sentence: str
 
 
@@ -106,7 +108,7 @@ def compute(params: Params) -> Result:
         for checkpointing in (False, True)
     )
     moments = budget(params.plan()).moments
-    return Result(card, ways, chosen, moments, rooms, _sentence(ways, chosen, params.card))
+    return Result(card, ways, chosen, moments, rooms, CONTEXTS[params.shape], _sentence(ways, chosen, params.card))
 
 
 def _plans(params: Params) -> dict[str, Plan]:
@@ -149,8 +151,8 @@ def _sentence(ways: tuple[Way, ...], chosen: int, card: int) -> str:
     part, size = max(way.peak.parts.items(), key=lambda item: item[1])
     return (
         f"At their peak, in GB: {peaks}. {said[0].upper()}{said[1:]} a card of {card} GB. Of {way.name}, as chosen "
-        f"here, {part} {'take' if part.endswith('s') else 'takes'} most: {size / GB:.2f} GB, "
-        f"{size / way.peak.total:.0%} of what is held at the peak, which is {way.peak.name}."
+        f"here, {part} {'take' if part.endswith('s') else 'takes'} most: {_number(size / GB)} GB, "
+        f"{size / way.peak.total:.0%} of all that is held at the fullest moment, {way.peak.name}."
     )
 
 

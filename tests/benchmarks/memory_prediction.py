@@ -66,9 +66,9 @@ ROWS = {
 
 def measure_row(row: str, config: ModelConfig, sizes: list[tuple[int, int]], device: str) -> list[dict[str, object]]:
     """Build the model of one row once, and weigh its steps on every batch and length."""
-    plan = Plan(config, **{"rank": 16, **ROWS[row]}, on_cuda=torch.device(device).type == "cuda")
     started = time.perf_counter()
     try:
+        plan = Plan(config, **{"rank": 16, **ROWS[row]}, on_cuda=torch.device(device).type == "cuda")
         model, optimizer = build(plan, device)
     except Exception as error:  # whatever it is, the other rows are wanted
         return [{"row": row, "error": f"build: {type(error).__name__}: {error}"}]

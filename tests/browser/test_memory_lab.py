@@ -26,7 +26,7 @@ def test_checkpointing_makes_room_on_the_card(visit):
 def test_every_view_opens(visit):
     visitor = visit()
     visitor.open("/memory")
-    for view in ("Through a step", "What fits", "Measured", "Paged optimizer", "Budget"):
+    for view in ("Through a step", "What fits", "Measured", "Speed", "Paged optimizer", "Budget"):
         visitor.page.get_by_role("radio", name=view, exact=True).click()
         visitor.settle()
         expect(visitor.page.get_by_test_id("stException")).to_have_count(0)

@@ -66,6 +66,10 @@ class TestBudget:
         with pytest.raises(ValueError, match="rank"):
             parse("memory", {"shape": "storyteller", "rank": 200})
 
+    def test_a_context_is_known_of_every_shape(self):
+        assert set(_memory.CONTEXTS) == set(_memory.SHAPES)
+        assert memory.compute(memory.Params(shape="storyteller")).context == 512
+
     def test_shapes_are_those_of_the_lora_lab(self):
         for shape in _lora.SHAPES:
             assert _memory.config_of(shape).num_parameters == shape.num_parameters
@@ -147,6 +151,8 @@ def test_the_benchmark_writes_what_the_lab_reads(tmp_path, monkeypatch, capsys):
     assert {row.row for row in found.rows} == {"LoRA", "QLoRA"}
     assert all(abs(row.error) < 0.1 for row in found.rows)
     assert found.paged["limit_bytes"] == 0
+    assert not found.quantizes_head
+    assert _memory.recorded().quantizes_head
     assert "recorded on an CPU" in found.provenance
     assert "4 rows, worst error" in capsys.readouterr().out
 

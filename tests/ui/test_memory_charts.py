@@ -1,5 +1,7 @@
 """The pictures of memory carry the bytes they are given."""
 
+import math
+
 import pytest
 
 from engine.memory_budget import PARTS
@@ -71,13 +73,15 @@ def test_amounts_have_three_digits(nbytes, said):
 
 def test_what_never_fits_has_no_point_and_the_settings_are_marked():
     lengths = (128, 256, 512)
-    fig = charts.rooms([Line("LoRA", (4, 2, 0), 0, False), Line("QLoRA", (8, 4, 2), 2, True)], lengths, (256, 3))
+    fig = charts.rooms([Line("LoRA", (4, 2, 0), 0, False), Line("QLoRA", (8, 4, 2), 2, True)], lengths, (256, 3), 256)
     lora, qlora, here = fig.data
     assert list(lora.y) == [4, 2, None]
     assert (lora.line.dash, qlora.line.dash) == ("solid", "dash")
     assert (list(here.x), list(here.y)) == ([256], [3])
     assert (fig.layout.xaxis.type, fig.layout.yaxis.type) == ("log", "log")
-    assert charts.rooms([], lengths, (128, 1)).data[0].name == "your settings"
+    assert [line.x0 for line in fig.layout.shapes] == [256]
+    assert [(note.text, note.x) for note in fig.layout.annotations] == [("reads 256", pytest.approx(math.log10(256)))]
+    assert charts.rooms([], lengths, (128, 1), 512).data[0].name == "your settings"
 
 
 def test_predicted_and_measured_lie_beside_each_other():

@@ -186,7 +186,7 @@ def stacks(bars: Sequence[Stack], *, card: float | None = None, mode: theme.Mode
 
 
 def rooms(
-    lines: Sequence[Line], lengths: Sequence[int], here: tuple[int, int], *, mode: theme.Mode = "light"
+    lines: Sequence[Line], lengths: Sequence[int], here: tuple[int, int], context: int, *, mode: theme.Mode = "light"
 ) -> go.Figure:
     """The largest batch that fits against the length of the texts, both on logarithmic axes.
 
@@ -194,6 +194,7 @@ def rooms(
         lines: one for each way to train.
         lengths: tokens, ascending.
         here: length and batch of the settings, marked.
+        context: tokens that the model reads at most, a dotted line.
         mode: light or dark.
     """
     surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
@@ -215,6 +216,19 @@ def rooms(
         mode="markers",
         marker={"symbol": "x", "size": 12, "color": surface.ink},
         hovertemplate="your settings<br>%{y:,} texts of %{x:,} tokens<extra></extra>",
+    )
+    fig.add_vline(context, line={"color": surface.ink, "width": 1, "dash": "dot"})
+    fig.add_annotation(
+        text=f"reads {context:,}",
+        x=math.log10(context),
+        y=1,
+        yref="paper",
+        xanchor="left",
+        yanchor="top",
+        xshift=4,
+        showarrow=False,
+        font={"size": 13, "color": surface.ink},
+        bgcolor=surface.paper,
     )
     most = max([here[1], *(batch for line in lines for batch in line.batches)])
     fig.update_xaxes(

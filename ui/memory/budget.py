@@ -11,6 +11,7 @@ from ui import chart, export, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Stack, amount
 from ui.memory.settings import PREFIX, WEIGHTS, titled
+from ui.prose import plain
 
 _HEIGHT = 520
 
@@ -29,9 +30,16 @@ def budget(params: memory.Params) -> None:
     export.export(fig, key=key, name="memory", experiment="memory", params=params, data=lambda: table(found))
     st.markdown(f"**What fits {params.card} GB**")
     st.table(_fits(params, found), border="horizontal")
+    st.caption(plain(_context(params, found)))
     st.caption(
         "GB are 10⁹ bytes. Makers count in 2³⁰: a card sold as 24 GB has 25.8. The difference, 7%, is left for what "
-        "no plan counts: CUDA's own memory, and gaps between blocks."
+        "no plan counts: CUDA's own memory, and gaps between blocks. Generating is counted where it holds most, while "
+        "a prompt of all tokens is read at once; that bar was compared with processors only, those of training with "
+        "a GPU as well."
+    )
+    st.caption(
+        "Full fine-tuning keeps weights, gradients and AdamW's two means in 16 bits here, 8 bytes a number; mixed "
+        "precision with weights and means in float32 as well takes 16."
     )
     with st.expander("What each part is, and how much of the chosen plan", icon=":material/help:"):
         st.table(_parts(found), border="horizontal")
@@ -59,9 +67,13 @@ def _verdict(params: memory.Params, found: memory.Result) -> None:
             delta_color="normal" if way.fits else "inverse",
             delta_arrow="off",
         )
-        st.metric("Peak", amount(way.peak.total), help=f"It is {way.peak.name}.")
+        st.metric("Peak", amount(way.peak.total), help=f"Of the fullest moment of a step: {way.peak.name}.")
         st.metric("Largest batch", _most(way.largest_batch), help=f"Texts of {params.length:,} tokens at once.")
-        st.metric("Longest texts", _most(way.largest_length), help=f"Tokens, with {params.batch} at once.")
+        st.metric(
+            "Longest texts",
+            _longest(way, found.context),
+            help=f"Tokens, with {params.batch} at once. {_context(params, found)}",
+        )
 
 
 def _fits(params: memory.Params, found: memory.Result) -> pd.DataFrame:
@@ -70,7 +82,8 @@ def _fits(params: memory.Params, found: memory.Result) -> pd.DataFrame:
             "peak": amount(way.peak.total),
             "fits": "yes" if way.fits else "no",
             f"largest batch of {params.length:,} tokens": _most(way.largest_batch),
-            f"longest texts, {params.batch} at once": _most(way.largest_length),
+            f"longest texts, {params.batch} at once": _longest(way, found.context)
+            + (", all it reads" if way.largest_length >= found.context else ""),
             "paged, not on the card": amount(way.paged_bytes) if way.paged_bytes else "—",
         }
         for way in found.ways
@@ -89,6 +102,21 @@ def _parts(found: memory.Result) -> pd.DataFrame:
         for part, meaning in PARTS.items()
     }
     return pd.DataFrame(rows).T
+
+
+def _longest(way: memory.Way, context: int) -> str:
+    return _most(min(way.largest_length, context))
+
+
+def _context(params: memory.Params, found: memory.Result) -> str:
+    """How much the model reads at most, and what there would be room for."""
+    way = found.ways[found.chosen]
+    words = f"{params.shape} reads {found.context:,} tokens at most"
+    if way.largest_length > found.context:
+        words += f"; the card would have room for texts of {_most(way.largest_length)} with {way.name}"
+    if params.length > found.context:
+        words += f"; the {params.length:,} that are chosen are counted all the same"
+    return f"{words}."
 
 
 def _most(value: int) -> str:

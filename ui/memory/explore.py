@@ -9,11 +9,12 @@ from ui import checks, run, source
 from ui.memory.budget import budget
 from ui.memory.measured import measured
 from ui.memory.paged import paged
+from ui.memory.qlora_step import qlora_step
 from ui.memory.room import room
-from ui.memory.settings import BUDGET, MEASURED, PAGED, PREFIX, ROOM, STEP, VIEW
+from ui.memory.settings import BUDGET, MEASURED, PAGED, PREFIX, ROOM, SPEED, STEP, VIEW
 from ui.memory.step import step
 
-VIEWS = {BUDGET: budget, STEP: step, ROOM: room, MEASURED: measured, PAGED: paged}
+VIEWS = {BUDGET: budget, STEP: step, ROOM: room, MEASURED: measured, SPEED: qlora_step, PAGED: paged}
 """What the Explore tab shows, by name."""
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import pandas as pd
 import streamlit as st
 
@@ -17,6 +20,8 @@ _HEIGHT = 520
 _RUN = f"{PREFIX}_measure"
 _SHAPE = f"{PREFIX}_build"
 _STARTED = f"_{PREFIX}_measured"
+_NEAREST = 3  # rows of the recording beside the worst and the best
+_KINDS = {"nf4, double quantized": "QLoRA", "nf4": "QLoRA, 4-bit scales in float32", "int8": "LoRA, int8"}
 _OTHER_SCRIPT = {"full, Decoder": "full fine-tuning", "ours, Decoder": "LoRA"}
 
 
@@ -55,7 +60,7 @@ def measured(params: memory.Params) -> None:
         if found is not None:
             _show(found, run.params_of(_RUN) or started)
     st.divider()
-    _recorded()
+    _recorded(params)
 
 
 def _start(params: memory_measure.Params) -> None:
@@ -95,19 +100,18 @@ def _errors(rows: list[memory_measure.Compared]) -> pd.DataFrame:
             row.name: {
                 "predicted": amount(row.predicted),
                 "measured": "—" if row.measured is None else amount(row.measured),
-                "error": "—" if row.error is None else f"{100 * row.error:+.2f}%",
+                "error": "—" if row.error is None else _percent(row.error),
             }
             for row in rows
         }
     ).T
 
 
-def _recorded() -> None:
+def _recorded(params: memory.Params) -> None:
     """The same on a GPU, as it was recorded: the model of 1.1 billion parameters."""
     st.markdown("**On an H200, recorded**")
-    found, rows = _memory.recorded(), []
-    if found is not None:
-        rows = [_row(entry.row, entry.batch, entry.length, entry.predicted, entry.measured) for entry in found.rows]
+    found = _memory.recorded()
+    rows = [] if found is None else list(found.rows)
     steps = _lora.recorded_steps()
     if steps is not None:
         shape = next(shape for shape in _lora.SHAPES if shape.name == "1.1 B, Llama-shaped")
@@ -115,30 +119,61 @@ def _recorded() -> None:
             settings = memory.Params(shape=shape.name, method=method, weights="bfloat16", batch=4, length=1024)
             predicted = budget(settings.plan()).peak.total
             name = f"{method}, from the LoRA lab's recording"
-            rows.append(_row(name, 4, 1024, predicted, round(steps.latest[way].peak_bytes)))
+            peak = round(steps.latest[way].peak_bytes)
+            rows.append(_memory.RecordedRow(name, 4, 1024, predicted, peak, "the gradient of the loss"))
     if not rows:
         st.info("The recordings are not there: engine/recorded is missing from this installation.")
         return
-    worst = max(rows, key=lambda row: abs(row["error"]))
-    st.dataframe(
-        pd.DataFrame([row | {"error": f"{100 * row['error']:+.2f}%"} for row in rows]), hide_index=True, width="stretch"
-    )
+    shown = _telling(rows, params)
+    st.dataframe(_table(shown), hide_index=True, width="stretch")
+    with st.expander(f"All {len(rows)} plans", icon=":material/table_rows:"):
+        st.dataframe(_table(dict.fromkeys(rows, "")).drop(columns="why"), hide_index=True, width="stretch")
+    worst = next(iter(shown))
+    head = " (the head as well, which plans of this page leave in 16)" if found and found.quantizes_head else ""
     where = "; ".join(text.provenance for text in (found, steps) if text is not None)
     st.caption(
         plain(
             f"A Llama-shaped model of 1.1 billion parameters in bfloat16, or with frozen weights in 4 or 8 bits where "
-            f"the plan says so. The prediction lies {abs(worst['error']):.2%} off at worst, for {worst['plan']} at "
-            f"{worst['batch × tokens']}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
-            "tests/benchmarks/memory_prediction.py measures it again."
+            f"the plan says so{head}. The prediction lies {100 * abs(worst.error):.2f} % off at worst, for {worst.row} "
+            f"at {worst.batch} × {worst.length:,}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
+            "python -m tests.benchmarks.memory_prediction measures it again."
         )
     )
 
 
-def _row(name: str, batch: int, length: int, predicted: int, measured_bytes: int) -> dict[str, object]:
-    return {
-        "plan": name,
-        "batch × tokens": f"{batch} × {length:,}",
-        "predicted": amount(predicted),
-        "measured": amount(measured_bytes),
-        "error": predicted / measured_bytes - 1,
-    }
+def _telling(rows: list[_memory.RecordedRow], params: memory.Params) -> dict[_memory.RecordedRow, str]:
+    """The rows to look at first, and why: the worst, the best, and those nearest to the chosen plan."""
+    ranked = sorted(rows, key=lambda row: abs(row.error), reverse=True)
+    telling = {ranked[0]: "most off", ranked[-1]: "least off"}
+    for row in sorted(rows, key=lambda row: _apart(row, params))[:_NEAREST]:
+        telling[row] = f"{telling[row]}, like your plan" if row in telling else "like your plan"
+    return telling
+
+
+def _apart(row: _memory.RecordedRow, params: memory.Params) -> tuple[int, float]:
+    """How far a recorded plan is from the chosen one: in kind first, then in batch and length."""
+    kind = {"full fine-tuning": "full"}.get(params.method) or _KINDS.get(params.weights, "LoRA")
+    name = row.row.removesuffix(", checkpointing")
+    differs = 2 * (name != kind) + (params.checkpointing != row.row.endswith("checkpointing"))
+    sizes = math.log(params.batch / row.batch), math.log(params.length / row.length)
+    return differs, math.hypot(*sizes)
+
+
+def _table(rows: Mapping[_memory.RecordedRow, str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "plan": row.row,
+                "batch × tokens": f"{row.batch} × {row.length:,}",
+                "error": _percent(row.error),
+                "predicted": amount(row.predicted),
+                "measured": amount(row.measured),
+                "why": why,
+            }
+            for row, why in rows.items()
+        ]
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.2f}\u00a0%".replace("-", "−")

@@ -25,8 +25,8 @@ def paged(params: memory.Params) -> None:
     st.markdown(
         "AdamW keeps two numbers beside each weight. Paged, they lie in memory that GPU and computer share and come to "
         "the card page by page while a step uses them: a model fits whose weights and gradients fit. This run "
-        "limits the card to 3 GiB, fills 30% of them with weights, and takes three steps with each optimizer. The "
-        "settings beside this play no part."
+        "allows itself 3 GiB (3.22 GB) beside what its process already holds, fills 30% of them with weights, and "
+        "takes three steps with each optimizer. The settings beside this play no part."
     )
     large = st.toggle("Large batch", key=f"{PREFIX}_large_batch", bind="query-params", help="256 samples, not 8.")
     running = run.is_running(_RUN)
@@ -74,7 +74,8 @@ def _show(found: Mapping[str, Any], key: str, provenance: str) -> None:
             Stack("Paged AdamW needs on the card", held),
         ]
         fig = charts.stacks(bars, card=found["limit_bytes"], mode=theme.mode())
-        chart.figure(fig, key=key, sentence=found["sentence"], height=_HEIGHT)
+        held_before = "The line stands at what PyTorch may hold, what the process held before included."
+        chart.figure(fig, key=key, sentence=f"{found['sentence']} {held_before}", height=_HEIGHT)
     st.table(_attempts(found), border="horizontal")
     st.caption(plain(provenance))
 

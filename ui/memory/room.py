@@ -28,7 +28,7 @@ def room(params: memory.Params) -> None:
         for way in found.rooms
         if any(way.batches)
     ]
-    fig = charts.rooms(lines, memory.LENGTHS, (params.length, params.batch), mode=theme.mode())
+    fig = charts.rooms(lines, memory.LENGTHS, (params.length, params.batch), found.context, mode=theme.mode())
     key = f"{PREFIX}_rooms"
     chart.figure(fig, key=key, sentence=sentence(params, found), height=_HEIGHT)
     export.export(fig, key=key, name="memory-fits", experiment="memory", params=params, data=lambda: _table(found))
@@ -54,7 +54,10 @@ def sentence(params: memory.Params, found: memory.Result) -> str:
             f" With {name}, at {length} tokens, it is {one:,}, and {other:,} with checkpointing, which computes the "
             "forward pass twice in exchange."
         )
-    return f"{words} Twice the length leaves half the batch: attention is fused and keeps no weights."
+    return (
+        f"{words} Twice the length leaves half the batch: attention is fused and keeps no weights. "
+        f"{params.shape} reads {found.context:,} tokens at most: right of the dotted line there is room, and no use."
+    )
 
 
 def _table(found: memory.Result) -> pd.DataFrame:

@@ -11,7 +11,8 @@ from ui.controls import Look
 from ui.labs import MEMORY
 
 PREFIX = MEMORY.url_path
-BUDGET, STEP, ROOM, MEASURED, PAGED = "Budget", "Through a step", "What fits", "Measured", "Paged optimizer"
+BUDGET, STEP, ROOM = "Budget", "Through a step", "What fits"
+MEASURED, SPEED, PAGED = "Measured", "Speed", "Paged optimizer"
 VIEW = f"{PREFIX}_view"
 _LENGTHS = [2**power for power in range(7, 16)]
 
