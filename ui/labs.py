@@ -67,7 +67,7 @@ TRAINING = Lab(
     script="app_pages/training.py",
     starts=(
         Start("Watch an induction head form"),
-        Start("See a learning rate that is too high", {"learning_rate": "1", "steps": "100"}),
+        Start("See too high a learning rate", {"learning_rate": "1", "steps": "100"}),
     ),
 )
 
@@ -93,7 +93,7 @@ QUANTIZATION = Lab(
     script="app_pages/quantization.py",
     starts=(
         Start("See what 4 bits make of a layer"),
-        Start("Let one outlier wreck its block", {"source": "normal with outliers", "data_type": "Integer"}),
+        Start("Let outliers wreck their blocks", {"source": "normal with outliers", "data_type": "Integer"}),
         Start("Compare all data types", {"view": "All types"}),
         Start("Break the whole model", {"view": "Model"}),
     ),
@@ -106,8 +106,8 @@ MEMORY = Lab(
     icon=":material/memory:",
     script="app_pages/memory.py",
     starts=(
-        Start("See what QLoRA leaves of a 7 B model's training"),
-        Start("Find the moment at which most is held", {"view": "Through a step"}),
+        Start("See what QLoRA leaves of 7 B"),
+        Start("Find the fullest moment of a step", {"view": "Through a step"}),
         Start("Fit 70 B on one card", {"shape": "Llama 3 70B", "card": "80", "batch": "1", "checkpointing": "true"}),
         Start("Check the prediction on this device", {"view": "Measured"}),
     ),

@@ -131,7 +131,7 @@ def _describe(points: list[Point], bits: int, normal: bool) -> str:
 
     of_this_width = [point for point in points if point.bits == bits]
     best = max(of_this_width, key=lambda point: point.sqnr_db - gaussian_bound_db(point.bits_per_weight))
-    found = f"Of all types of {bits} bits {best.family} makes most of its bits on these weights"
+    found = f"Of all types of {bits} bits {best.family} is nearest to the bound on these weights"
     if math.isinf(best.sqnr_db):
         return f"{found}: it holds every one of them exactly."
     apart = gaussian_bound_db(best.bits_per_weight) - best.sqnr_db

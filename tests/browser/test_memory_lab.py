@@ -38,5 +38,5 @@ def test_a_step_is_taken_and_weighed_beside_its_prediction(visit):
     visitor.open("/memory", view="Measured", batch=1, length=128)
     page = visitor.page
     page.locator(".st-key-_memory_measure_button button").click()
-    expect(page.locator(".st-key-memory_measured .js-plotly-plot")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator(".st-key-memory_pairs .js-plotly-plot")).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_text("predicted").first).to_be_visible()

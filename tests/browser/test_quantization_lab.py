@@ -32,9 +32,15 @@ def test_a_bit_less_is_heard_in_the_noise_and_said_in_the_address(visit):
     assert "quantization_bits=6" in visitor.page.url
 
 
-def test_a_layer_is_chosen_on_the_map(visit):
+@pytest.mark.parametrize("arrival", ["from the weights", "by a link"])
+def test_a_layer_is_chosen_on_the_map(visit, arrival):
+    """Also by one who has seen the Weights before, where the Layer control holds another one."""
     visitor = visit()
-    visitor.open("/quantization", view="Layer map")
+    visitor.open("/quantization", **({"view": "Layer map"} if arrival == "by a link" else {}))
+    if arrival == "from the weights":
+        visitor.page.get_by_role("radio", name="Layer map").click()
+        chart(visitor, "map").wait_for()
+        visitor.settle()
     left, top = visitor.page.evaluate(PIXEL, ["quantization_map", 1, 3])
     visitor.page.mouse.move(left, top)
     chart(visitor, "map").locator(".hoverlayer .hovertext").wait_for()
@@ -43,7 +49,10 @@ def test_a_layer_is_chosen_on_the_map(visit):
         timeout=PATIENCE
     )
     visitor.settle()
-    expect(visitor.page.get_by_text("0 of 32,768 codes differ").first).to_be_visible(timeout=PATIENCE)
+    expect(visitor.page.get_by_text("these 32,768 weights: 0 codes and 0 values differ").first).to_be_visible(
+        timeout=PATIENCE
+    )
+    assert "quantization_layer=model.layers.3.self_attn.k_proj" in visitor.page.url
 
 
 def test_a_sweep_shows_its_points_as_they_come_and_keeps_them_when_it_is_stopped(visit):
@@ -51,11 +60,11 @@ def test_a_sweep_shows_its_points_as_they_come_and_keeps_them_when_it_is_stopped
     visitor.open("/quantization", view="Model")
     page = visitor.page
     page.locator(".st-key-_quantization_model_start button").click()
-    expect(chart(visitor, "model")).to_be_visible(timeout=PATIENCE)
+    expect(chart(visitor, "perplexity")).to_be_visible(timeout=PATIENCE)
     page.locator("[class*='st-key-_cancel_quantization_model'] button").click()
     visitor.settle()
     expect(page.get_by_text("Cancelled").first).to_be_visible(timeout=PATIENCE)
-    expect(chart(visitor, "model")).to_be_visible()
+    expect(chart(visitor, "perplexity")).to_be_visible()
 
 
 def test_what_is_quantized_already_is_refused_with_the_reason(visit):

@@ -366,6 +366,6 @@ class TestSentences:
 
     def test_of_the_types(self):
         found = rates(source="normal")
-        assert found.sentence.startswith("Of all types of 4 bits NormalFloat makes most of its bits")
+        assert found.sentence.startswith("Of all types of 4 bits NormalFloat is nearest to the bound")
         assert "below the bound, which no code can pass" in found.sentence
         assert "the line of normal weights" in rates(source="Student-t").sentence

@@ -64,13 +64,22 @@ class TestHistograms:
         assert len(values) >= 3
         assert np.diff(values).min() >= 0.05 * max(values)
 
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_the_outermost_levels_are_inside_and_the_scale_is_named(self, seed):
+        weights, dequantized, levels = rounded(seed)
+        edges, (before, after) = counted(weights, dequantized)
+        fig = charts.histograms(edges, before, after, 3 * levels, whose_levels="levels")
+        low, high = fig.layout.xaxis.range
+        assert low < 3 * levels.min() < 3 * levels.max() < high
+        assert "square-root scale" in fig.layout.yaxis.title.text
+
     def test_two_pictures_can_have_the_same_axes(self):
         weights, dequantized, levels = rounded(0)
         edges, (before, after) = counted(weights, dequantized)
         shared = {"span": (-9.0, 9.0), "top": 0.5}
         one = charts.histograms(edges, before, after, levels, whose_levels="a", **shared).layout
         other = charts.histograms(edges / 2, after, after, levels, whose_levels="b", **shared).layout
-        assert one.xaxis.range == other.xaxis.range == (-9.0, 9.0)
+        assert one.xaxis.range == other.xaxis.range == pytest.approx((-9.36, 9.36))
         assert one.yaxis.range == other.yaxis.range
 
 
@@ -195,6 +204,11 @@ class TestRates:
         assert ring.name == "yours: NormalFloat, 4 bits"
         assert not any("yours" in trace.name for trace in rates.rates(POINTS, None, BOUND).data)
 
+    def test_formats_of_one_width_are_seen_in_front_of_lines(self):
+        _, *lines, floating = rates.rates(POINTS, None, BOUND).data
+        assert floating.marker.symbol.endswith("-open")
+        assert all(floating.marker.size > line.marker.size and floating.zorder > line.zorder for line in lines)
+
     def test_labels_of_points_above_each_other_stand_apart(self):
         floating = rates.rates(POINTS, None, BOUND).data[-1]
         assert len(set(floating.textposition)) == 2
@@ -228,6 +242,10 @@ class TestPerplexities:
 
     def test_one_data_type_needs_no_name(self):
         assert [trace.name for trace in rates.perplexities(SWEEP[:3], 4.8, (2, 9)).data] == ["rounding", "GPTQ"]
+
+    def test_large_perplexities_are_said_without_powers_of_ten(self):
+        point = PerplexityPoint("rounding", "Integer", 2, 2.5, 16764.2)
+        assert rates.perplexities([point], 4.8, (2, 9)).data[0].customdata[0][2] == "16,764"
 
     def test_the_original_is_a_line_at_its_height(self):
         fig = rates.perplexities(SWEEP, 4.8, (2, 9))
@@ -285,6 +303,7 @@ class TestLayers:
         assert trace.zmax >= np.nanmax(values)
         if signed:
             assert trace.zmin == -trace.zmax
+            assert list(trace.colorbar.tickvals) == [trace.zmin, 0, trace.zmax]
         (frame,) = fig.layout.shapes
         assert (frame.x0, frame.x1, frame.y0, frame.y1) == (1.5, 2.5, -0.5, 0.5)
         assert len(fig.layout.yaxis.ticktext) <= 16

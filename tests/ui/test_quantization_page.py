@@ -3,13 +3,16 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import streamlit as st
 
 from engine.experiments import quantization, quantization_model
 from tests.ui.lab_pages import SECONDS, finished, words
-from ui.labs import QUANTIZATION
+from ui import clicks
+from ui.labs import LABS, QUANTIZATION
 from ui.quantization import layer_map, model, predict, sentences, settings
 from ui.quantization.explore import VIEWS
 from ui.quantization.side_by_side import continuation, heads_sentence
@@ -72,6 +75,10 @@ class TestWeights:
         after = found(app)
         assert after.distortion.sqnr_db > before.distortion.sqnr_db + 3
         assert after.bits_per_weight > before.bits_per_weight
+
+    def test_what_is_larger_than_no_quantization_is_called_so(self, lab):
+        assert "larger than no quantization: 125%" in words(lab(block_size=2))
+        assert "larger than no quantization" not in words(lab())
 
     def test_a_block_of_a_link_and_the_buttons(self, lab):
         app = lab(block=7)
@@ -211,8 +218,9 @@ class TestControls:
 
     def test_a_quantized_source_is_refused_with_the_reason(self, lab):
         app = lab(model="smollm2-135m-q4")
-        assert app.warning
-        assert "4" in app.warning[0].value
+        beside, main = app.warning
+        assert "quantized already" in beside.value
+        assert main.value == beside.value
 
 
 class TestAllTypes:
@@ -234,19 +242,45 @@ class TestAllTypes:
         assert ring["name"] == f"yours: {data_type}"
 
 
+@pytest.fixture
+def clicked_cell(monkeypatch):
+    """Stands for a click on the second cell of a map's third row, which the harness cannot make."""
+
+    def cell(key, then, **_):
+        if key == "quantization_map":
+            st.button("cell", key="cell", on_click=then, args=(1, 2))
+
+    monkeypatch.setattr(clicks, "on_cell_click", cell)
+
+
+@pytest.mark.usefixtures("clicked_cell")
 class TestLayerMap:
-    def test_a_layer_is_opened_with_its_weights(self, lab):
+    @pytest.mark.parametrize("held", [None, "", "model.layers.4.mlp.up_proj"])
+    def test_a_layer_is_opened_with_its_weights(self, lab, held):
+        """Whatever the Layer control still holds from the last time it was drawn."""
         app = lab(view="Layer map", bits=3)
+        if held is not None:
+            app.session_state["quantization_layer"] = held
         result = app.session_state["_run_quantization_map_run"].result
         drawn = spec(app, "quantization_map")["data"][0]
         assert result.sentence in words(app)
         assert len(drawn["customdata"]) == len(result.blocks) == 6
-        app.session_state["_quantization_kept"]["quantization_layer"] = (result.names[2][1],) * 2  # as a click does
-        look(app, "Weights")
+        app.button(key="cell").click()
+        finished(app)
         assert found(app).layer == result.names[2][1]
+        assert app.query_params["quantization_layer"] == result.names[2][1]
         back = look(app, "Layer map")
         frame = spec(back, "quantization_map")["layout"]["shapes"][0]
         assert (frame["x0"], frame["y0"]) == (0.5, 1.5)
+
+    def test_a_layer_of_a_model_that_was_chosen_here_is_opened(self, lab):
+        app = lab(view="Layer map")
+        app.session_state["_quantization_model_of_layer"] = "smollm2-135m"  # of the weights that were seen before
+        app.session_state["quantization_source"] = "uniform"
+        finished(app)
+        app.button(key="cell").click()
+        finished(app)
+        assert found(app).layer == app.session_state["_run_quantization_map_run"].result.names[2][1]
 
     def test_what_keeps_its_precision_is_listed(self, lab):
         app = lab(view="Layer map")
@@ -281,16 +315,17 @@ class TestModel:
         finished(app)
         app.button(key="_quantization_model_start").click().run()
         end = time.monotonic() + SECONDS
-        while not re.search(r"[1-9]\d* of 18 quantized", words(app)):
+        while not re.search(r"[1-9]\d* of \d+ quantized", words(app)):
             assert time.monotonic() < end
             time.sleep(0.1)
             app.run()
         app.button(key="_cancel_quantization_model_run").click()
         finished(app)
         result = app.session_state["_run_quantization_model_run"].result
-        assert 1 <= len(result.points) < 18
+        assert 1 <= len(result.points) < result.total
         assert result.ended == "cancelled"
         assert result.ending in words(app)
+        assert "Finished points are kept" in words(app)
 
     def test_no_method_is_a_sentence_and_no_run(self, lab):
         app = lab(view="Model")
@@ -329,11 +364,24 @@ class TestSideBySide:
         agreeing = 12 if result.first_difference is None else result.first_difference
         assert app.metric[0].value == f"{agreeing} of {len(result.original_tokens)}"
         heads = spec(app, "quantization_side_heads")
-        assert (heads["layout"]["shapes"][0]["x0"], heads["layout"]["shapes"][0]["y0"]) == (-0.5, -0.5)
+        layer, head = np.unravel_index(result.moved_by_head.argmax(), result.moved_by_head.shape)
+        assert result.moved == result.moved_by_head.max()
+        assert f"layer {layer}, head {head} on the prompt, the one" in words(app).replace("**", "")
+        assert (heads["layout"]["shapes"][0]["x0"], heads["layout"]["shapes"][0]["y0"]) == (head - 0.5, layer - 0.5)
         app.session_state["quantization_attention_layer"] = 2
         app.session_state["quantization_attention_head"] = 5
         finished(app)
         assert "layer 2, head 5" in words(app)
+
+    def test_a_head_of_a_link_stays(self, lab):
+        app = lab(view="Side by side", new_tokens=4, attention_head=1)
+        shown = app.session_state["_run_quantization_side_run"].result_params
+        assert (shown.attention_layer, shown.attention_head) == (0, 1)
+
+    def test_changes_of_the_attention_have_ticks_that_differ(self, lab):
+        app = lab(view="Side by side", attention_head=1, bits=8, new_tokens=4)
+        bar = spec(app, "quantization_side_moved")["data"][0]["colorbar"]
+        assert bar["tickformat"] == "+.2~p"
 
     def test_a_head_that_is_not_there_is_a_sentence(self, lab):
         app = lab(view="Side by side", attention_head=200, new_tokens=4)
@@ -389,6 +437,10 @@ def test_every_start_of_the_lab_is_a_setting_that_there_is(lab):
         assert not app.error
 
 
+def test_starts_fit_on_their_cards():
+    assert max(len(start.label) for lab in LABS for start in lab.starts) <= 36
+
+
 def test_views_are_named_once():
     assert len(set(VIEWS)) == len(VIEWS) == 6
 
@@ -434,6 +486,53 @@ def test_a_change_of_perplexity_in_words(before, after, said):
     assert sentences.change(before, after) == said
 
 
+@pytest.mark.parametrize(
+    ("increases", "said"),
+    [
+        ([0.5, 0.02, 0.01, -0.02, -0.001], ["2 of 5, by up to 2.00%", "told from chance: 2.", "Clearly hurt: 1."]),
+        ([-0.1, 0.05], ["1 of 2, by up to 10.00%", "told from chance: 1.", "Clearly hurt: 0."]),
+        ([0.1, 0.0], ["all 2"]),
+    ],
+)
+def test_a_rise_no_larger_than_a_fall_may_be_chance(increases, said):
+    assert all(part in sentences.chance_sentence(increases) for part in said)
+
+
+@pytest.mark.parametrize(("size", "share"), [(20, 0.29), (100, 0.91)])
+def test_outliers_are_called_the_part_of_the_signal_that_they_are(lab, size, share):
+    """k·s² of k·s² + N − k: 66 of 65,536 weights."""
+    assert share == pytest.approx(66 * size**2 / (66 * size**2 + 65536 - 66), abs=0.005)
+    app = lab(source="normal with outliers", outlier_size=size)
+    assert f"The 66 outliers are {share:.0%} of that signal" in words(app)
+    rest = (1 - 66 / 65536) / found(app).distortion.mse  # of variance 1
+    said = re.search(r"other weights alone is ([\d.]+) dB above", words(app))
+    assert float(said[1]) == pytest.approx(10 * np.log10(rest), abs=0.1)
+    assert "outliers are" not in words(lab(source="normal with outliers", outliers=0))
+
+
+def sweep(*points):
+    return SimpleNamespace(
+        points=[
+            quantization_model.Point("rounding", kind, bits, bits + 0.5, value, 0.0, 0.0, 0.0)
+            for kind, bits, value in points
+        ]
+    )
+
+
+def test_worse_than_guessing_is_said_where_the_vocabulary_is_known():
+    bad, good = sweep(("Integer", 2, 42030.0)), sweep(("Integer", 2, 4000.0), ("NormalFloat", 2, float("nan")))
+    assert "Above 4,096" in sentences.guessing_sentence(bad, "storyteller")
+    assert not sentences.guessing_sentence(good, "storyteller")
+    assert not sentences.guessing_sentence(bad, "somebody/else")
+
+
+def test_two_rankings_at_two_bits_are_explained():
+    assert "not what the model loses" in sentences.two_bits_sentence(
+        sweep(("Integer", 2, 9.0), ("NormalFloat", 2, 8.0))
+    )
+    assert not sentences.two_bits_sentence(sweep(("Integer", 2, 9.0), ("NormalFloat", 3, 8.0)))
+
+
 def test_a_bit_less_is_there_from_three_bits_on():
     assert predict.fewer(quantization.Params(bits=3)).bits == 2
     assert predict.fewer(quantization.Params(bits=2)) is None
@@ -455,8 +554,8 @@ def test_the_head_that_moved_most_is_named():
 
 
 def test_a_sweep_counts_its_models():
-    assert model.count(quantization_model.Params(widths=(8, 4, 2))) == 18
-    assert model.count(quantization_model.Params(methods=("GPTQ",), widths=(4, 3))) == 4
+    assert model.count(quantization_model.Params(data_types=("Integer", "NormalFloat"), widths=(8, 4, 2))) == 18
+    assert model.count(quantization_model.Params(methods=("GPTQ",), data_types=("Integer",), widths=(4, 3))) == 2
 
 
 def test_the_map_grows_with_the_model_up_to_a_screen():

@@ -42,7 +42,8 @@ def histograms(
         original, dequantized: (K,) counts.
         levels: (L,) that a weight can take.
         whose_levels: the legend's name for them.
-        span: ends of the horizontal axis, so that two pictures can be compared; by default those of the bins.
+        span: ends of what the horizontal axis has room for, so that two pictures can be compared; by default those of
+            the bins and of the levels.
         top: share of the weights that the vertical axis shows, likewise.
         mode: light or dark.
     """
@@ -87,15 +88,22 @@ def histograms(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         dragmode=False,
     )
-    fig.update_xaxes(title="weight", range=span or [float(edges[0]), float(edges[-1])], zeroline=False, nticks=8)
+    low, high = span or span_of(edges, levels)
+    room = 0.02 * (high - low)
+    fig.update_xaxes(title="weight", range=[low - room, high + room], zeroline=False, nticks=8)
     fig.update_yaxes(
-        title="share of the weights",
+        title="share of the weights, square-root scale",
         range=[-_ROOM * top, _ROOM * top],
         tickvals=heights,
         ticktext=[f"{100 * mark:g}%" for mark in [*marks[::-1], 0, *marks]],
         zerolinecolor=surface.ink,
     )
     return fig
+
+
+def span_of(edges: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis that holds all bins, (K + 1,) edges, and all levels, (L,)."""
+    return float(min(edges[0], levels.min(initial=np.inf))), float(max(edges[-1], levels.max(initial=-np.inf)))
 
 
 def errors(

@@ -58,6 +58,7 @@ def layer_map(
                 "title": {"text": title, "side": "top"},
                 "tickformat": tickformat,
                 "nticks": 4,
+                "tickvals": [low, 0, limit] if signed else None,  # round ones may all lie outside
                 "orientation": "h",
                 "x": 0.5,
                 "y": 1.01,

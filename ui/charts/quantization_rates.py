@@ -97,7 +97,13 @@ def rates(
             name=family,
             mode="markers+text" if labelled else "lines+markers",
             line={"color": colours[index], "width": 2},
-            marker={"size": 9, "color": colours[index], "symbol": _SYMBOLS[index % len(_SYMBOLS)]},
+            marker={
+                "size": 14 if labelled else 9,
+                "color": colours[index],
+                "symbol": _SYMBOLS[index % len(_SYMBOLS)] + ("-open" if labelled else ""),
+                "line": {"width": 2.5 if labelled else 0},
+            },
+            zorder=int(labelled),  # hollow and in front, so that it and a point of a line at its place are both seen
             text=[f"\u00a0\u00a0{point.label}" for point in members] if labelled else None,
             textposition=_beside([point.bits_per_weight for point in members], [point.sqnr_db for point in members]),
             textfont={"size": 12, "color": surface.ink},
@@ -156,9 +162,9 @@ def perplexities(
                 mode="lines+markers",
                 line={"color": colours[index], "width": 2, "dash": _DASHES[dash % len(_DASHES)]},
                 marker={"size": 9, "symbol": _SYMBOLS[index] + ("-open" if dash else ""), "color": colours[index]},
-                customdata=[[point.bits, point.bits_per_weight] for point in members],
+                customdata=[[point.bits, point.bits_per_weight, _digits(point.perplexity)] for point in members],
                 hovertemplate=f"{method}, {data_type}, %{{customdata[0]}} bits<br>%{{customdata[1]:.2f}} bits per "
-                "weight<br>perplexity %{y:.4g}<extra></extra>",
+                "weight<br>perplexity %{customdata[2]}<extra></extra>",
             )
     known = [point.perplexity for point in points if math.isfinite(point.perplexity)]
     known += [] if original is None else [original]
@@ -238,6 +244,11 @@ def _logarithmic_marks(low: float, high: float) -> list[float]:
         if len(marks) >= 4:
             break
     return marks
+
+
+def _digits(perplexity: float) -> str:
+    """Four digits of it and no power of ten."""
+    return f"{perplexity:.4g}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def _beside(across: Sequence[float], up: Sequence[float]) -> list[str]:

@@ -6,6 +6,7 @@ import streamlit as st
 
 from engine.experiments import quantization_tests
 from ui import checks, run, source
+from ui.prose import plain
 from ui.quantization.layer_map import layer_map
 from ui.quantization.model import model
 from ui.quantization.rates import rates
@@ -62,7 +63,9 @@ def _waiting() -> None:
     if run.is_running(RUN):
         st.skeleton(height=460)
     else:
-        st.caption("There are no weights to show: the note beside the controls says why.")
+        if reason := run.problem(RUN):
+            st.warning(plain(reason), icon=":material/info:")
+        st.caption("There are no weights to show: the controls beside this are the way out.")
 
 
 def code() -> None:

@@ -10,7 +10,7 @@ from ui import chart, clicks, export, run, theme
 from ui.charts import quantization_layers as charts
 from ui.prose import plain
 from ui.quantization.sentences import decibels, layer_label
-from ui.quantization.settings import LAYER, PREFIX, VIEW, WEIGHTS, Settings, chosen_layer, keep
+from ui.quantization.settings import PREFIX, VIEW, WEIGHTS, Settings, choose_layer, chosen_layer
 
 _RUN, _FIGURE = f"{PREFIX}_map_run", f"{PREFIX}_map"
 _ROW, _HEIGHT, _TALLEST = 36, 260, 720
@@ -38,7 +38,7 @@ def _draw(found: quantization_map.Result, params: quantization_map.Params) -> No
         found.relative_error,
         found.blocks,
         [kind_label(kind) for kind in found.kinds],
-        title="typical error, of the typical weight",
+        title="rms error / rms weight",
         tickformat=".2~p",
         hover=[[_hover(found, y, x) for x in range(len(found.kinds))] for y in range(len(found.blocks))],
         chosen=places.get(chosen_layer()),
@@ -79,7 +79,7 @@ def _hover(found: quantization_map.Result, y: int, x: int) -> str:
     outputs, inputs = found.shapes[name]
     return (
         f"{layer_label(name)}, {outputs:,} × {inputs:,}<br>"
-        f"typical error {found.relative_error[y, x]:.2%} of the typical weight<br>"
+        f"rms error {found.relative_error[y, x]:.2%} of the rms weight<br>"
         f"signal to noise {decibels(float(found.sqnr_db[y, x]))}"
     )
 
@@ -88,8 +88,7 @@ def _open(x: int, y: int) -> None:
     """Take a layer of the finished map as the source of weights and go to them."""
     found = run.latest(_RUN)
     if found and y < len(found.names) and x < len(found.names[y]) and (name := found.names[y][x]):
-        keep(LAYER, name, name)
-        keep(f"{PREFIX}_source", "model layer")
+        choose_layer(name, run.params_of(_RUN).model)
         st.session_state[VIEW] = WEIGHTS
 
 

@@ -11,7 +11,7 @@ from engine.experiments import _quantization, quantization_model
 from ui import chart, controls, export, run, theme
 from ui.charts import quantization_rates as charts
 from ui.prose import plain
-from ui.quantization.sentences import perplexity
+from ui.quantization.sentences import guessing_sentence, perplexity, two_bits_sentence
 from ui.quantization.settings import PREFIX, Settings, keep, restore
 
 RUN = f"{PREFIX}_model_run"
@@ -124,6 +124,7 @@ def _draw(found: quantization_model.Result, params: quantization_model.Params) -
     )
     keep(_CLOSER, closer, "true" if closer else None)
     key = f"{PREFIX}_perplexity"
+    sentences = [found.sentence, guessing_sentence(found, params.model), two_bits_sentence(found)]
     fig = charts.perplexities(
         points(found),
         found.original.perplexity if found.original else None,
@@ -131,7 +132,9 @@ def _draw(found: quantization_model.Result, params: quantization_model.Params) -
         ceiling=_CEILING * found.original.perplexity if closer and found.original else None,
         mode=theme.mode(),
     )
-    chart.figure(fig, key=key, sentence=found.sentence, height=_HEIGHT)
+    chart.figure(fig, key=key, sentence=" ".join(filter(None, sentences)), height=_HEIGHT)
+    if found.ended not in ("running", "finished"):
+        st.caption("Finished points are kept: a sweep that needs them, this one or another, gets them back at once.")
     export.export(
         fig,
         key=key,

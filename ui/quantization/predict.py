@@ -85,7 +85,7 @@ def _guess_bit(given: Settings) -> None:
 
 
 def breaks_at(found: quantization_model.Result) -> int | None:
-    """The most bits at which the perplexity is half as high again as the original's, or higher; None if at none."""
+    """The most bits at which the perplexity is 1.5 times the original's or more; None if at none."""
     broken = [point.bits for point in found.points if not point.perplexity < _BROKEN * found.original.perplexity]
     return max(broken, default=None)
 
@@ -95,7 +95,7 @@ def _guess_break(given: Settings) -> None:
     data_type = params.data_type if params.data_type in ("Integer", "NormalFloat") else "NormalFloat"
     st.markdown(
         f"**When does it break?** All linear layers of {plain(params.model)} are rounded to {data_type}, "
-        f"{plain(_grouping(params))}. At which width is its perplexity first half as high again as before, or higher?"
+        f"{plain(_grouping(params))}. At which width does its perplexity first reach {_BROKEN:g} times what it was?"
     )
     guess = st.segmented_control(
         "Your guess of the width",

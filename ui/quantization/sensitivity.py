@@ -12,7 +12,7 @@ from ui import chart, export, run, theme
 from ui.charts import quantization_layers, quantization_rates
 from ui.prose import plain
 from ui.quantization.layer_map import height, kind_label
-from ui.quantization.sentences import change, layer_label, perplexity
+from ui.quantization.sentences import chance_sentence, change, layer_label, perplexity
 from ui.quantization.settings import PREFIX, Settings
 
 _RUN = f"{PREFIX}_sensitivity_run"
@@ -113,11 +113,12 @@ def _map(found: quantization_sensitivity.Result, params: quantization_sensitivit
         signed=True,
         mode=theme.mode(),
     )
-    better = sum(part.increase < 0 for part in found.parts)
-    sentence = f"Blue layers raise the perplexity: {len(found.parts) - better} of {len(found.parts)}."
-    if better:
-        sentence += f" Orange ones lower it on this text, which is chance: {better}."
-    chart.figure(fig, key=key, sentence=sentence, height=max(_HEIGHT, height(len(found.blocks))))
+    chart.figure(
+        fig,
+        key=key,
+        sentence=chance_sentence([part.increase for part in found.parts]),
+        height=max(_HEIGHT, height(len(found.blocks))),
+    )
     _export(fig, key, "quantization-sensitivity-map", found, params)
 
 

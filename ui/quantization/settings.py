@@ -42,6 +42,9 @@ _IGNORED_SIZE = f"_{PREFIX}_ignored_size"
 _GROUPED_BY = f"_{PREFIX}_grouped_by"
 _MODEL_OF_LAYER = f"_{PREFIX}_model_of_layer"
 _SCALE = f"{PREFIX}_scale"  # the one control that every view has
+_HEAD = f"{PREFIX}_attention_layer", f"{PREFIX}_attention_head"
+_HEAD_CHOSEN, _NEXT_HEAD = f"_{PREFIX}_head_chosen", f"_{PREFIX}_next_head"
+_SOURCE = f"{PREFIX}_source"
 _FIRST = "first down projection"
 
 
@@ -97,6 +100,19 @@ def keep(key: str, value: Any, text: str | list[str] | None = None) -> None:
         text: the same as the URL has it; None for the default, which the URL does not have.
     """
     st.session_state[_KEPT][key] = (value, text)
+
+
+def choose(key: str, value: Any, text: str | None = None) -> None:
+    """Give a hidden widget a value, for a click elsewhere on the page; arguments as of `keep`.
+
+    It may still be in the session's state with what it held when it was drawn last.
+    """
+    keep(key, value, text)
+    st.session_state[key] = value
+    if text is None:
+        st.query_params.pop(key, None)
+    else:
+        st.query_params[key] = text
 
 
 def held(key: str) -> Any:
@@ -186,6 +202,8 @@ def _of_model(view: str) -> Settings | None:
         SENSITIVITY: ("unit", "tokens", "text"),
         SIDE: ("prompt", "method", "new_tokens", "attention_layer", "attention_head"),
     }[view]
+    if view == SIDE and _NEXT_HEAD in st.session_state:
+        st.session_state.update(zip(_HEAD, st.session_state.pop(_NEXT_HEAD), strict=True))
     first = [field for field in ("prompt", "method", "unit") if field in fields]
     values = models.pick(asked, prefix=PREFIX)
     values |= _controls(asked, *first)
@@ -243,6 +261,25 @@ def chosen_layer() -> str:
     """The dotted name of the layer that is the source of weights, or will be; "" for the first down projection."""
     layer = held(LAYER)
     return st.query_params.get(LAYER, "") if layer is None else layer
+
+
+def has_chosen_head(params: quantization_side_by_side.Params) -> bool:
+    """Whether the learner, a link or the page has chosen the head whose attention is shown."""
+    is_first = params.attention_layer == params.attention_head == 0
+    return not is_first or held(_HEAD_CHOSEN) is True
+
+
+def choose_head(layer: int, head: int) -> None:
+    """Look at the attention of this head from the next drawing on."""
+    keep(_HEAD_CHOSEN, True)
+    st.session_state[_NEXT_HEAD] = layer, head
+
+
+def choose_layer(name: str, model: str) -> None:
+    """Take a layer of a model as the source of weights from the next drawing on."""
+    st.session_state[_MODEL_OF_LAYER] = model
+    choose(LAYER, name, name)
+    choose(_SOURCE, "model layer")
 
 
 def choose_block(number: int | None) -> None:

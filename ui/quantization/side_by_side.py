@@ -11,8 +11,8 @@ from ui import chart, clicks, export, run, theme
 from ui.charts import attention as attention_charts
 from ui.charts import quantization_layers as charts
 from ui.prose import plain
-from ui.quantization.sentences import change, perplexity
-from ui.quantization.settings import PREFIX, Settings
+from ui.quantization.sentences import change, perplexity, size_sentence
+from ui.quantization.settings import PREFIX, Settings, choose_head, has_chosen_head
 
 _RUN = f"{PREFIX}_side_run"
 _HEIGHT = 430
@@ -26,6 +26,9 @@ def side_by_side(given: Settings) -> None:
             st.skeleton(height=_HEIGHT)
         return
     params = run.params_of(_RUN)
+    if params == given.params and not has_chosen_head(params):
+        choose_head(*most_moved(found.moved_by_head))
+        st.rerun()
     _totals(found)
     left, right = st.columns(2, gap="medium")
     for place, name, tokens in (
@@ -71,6 +74,8 @@ def _totals(found: quantization_side_by_side.Result) -> None:
             f"{found.quantized_nbytes / found.original_nbytes:.0%} of bfloat16",
             help=f"{found.bits_per_weight:.3g} bits per weight.",
         )
+    if said := size_sentence(found.quantized_nbytes, found.original_nbytes):
+        st.caption(plain(said))
 
 
 def _agreeing(found: quantization_side_by_side.Result) -> int:
@@ -78,13 +83,17 @@ def _agreeing(found: quantization_side_by_side.Result) -> int:
 
 
 def _attention(found: quantization_side_by_side.Result, params: quantization_side_by_side.Params) -> None:
-    st.markdown(f"**Attention of layer {params.attention_layer}, head {params.attention_head}** on the prompt")
+    head = params.attention_layer, params.attention_head
+    which = ", the one that quantization moves most" if head == most_moved(found.moved_by_head) else ""
+    st.markdown(f"**Attention of layer {head[0]}, head {head[1]}** on the prompt{which}")
     mode, tokens = theme.mode(), found.prompt_tokens
     moved = found.quantized_map - found.original_map
+    difference = attention_charts.difference(moved, tokens, mode=mode)
+    difference.update_traces(colorbar_tickformat="+.2~p")  # small moves fill the scale, whole per cents would repeat
     drawn = (
         ("before", attention_charts.weights(found.original_map, tokens, mode=mode), "Before: the original model."),
         ("after", attention_charts.weights(found.quantized_map, tokens, mode=mode), "After: the quantized model."),
-        ("moved", attention_charts.difference(moved, tokens, mode=mode), found.map_sentence),
+        ("moved", difference, found.map_sentence),
     )
     places = [*st.columns(2, gap="small"), *st.columns(2, gap="small")]
     for place, (name, fig, sentence) in zip(places, drawn, strict=False):
@@ -135,9 +144,15 @@ def _heads(found: quantization_side_by_side.Result, params: quantization_side_by
     )
 
 
+def most_moved(moved: np.ndarray) -> tuple[int, int]:
+    """Layer and head of the largest of `moved`, (L, H)."""
+    layer, head = np.unravel_index(int(moved.argmax()), moved.shape)
+    return int(layer), int(head)
+
+
 def heads_sentence(moved: np.ndarray) -> str:
     """Which head's attention moved most, in words."""
-    layer, head = np.unravel_index(int(moved.argmax()), moved.shape)
+    layer, head = most_moved(moved)
     return (
         f"Over all heads {moved.mean():.1%} of the attention went to other tokens; most in layer {layer}, head {head}, "
         f"with {moved.max():.1%}. Choose a head to see its maps."
@@ -146,8 +161,7 @@ def heads_sentence(moved: np.ndarray) -> str:
 
 def _open(layers: int, heads: int, x: int, y: int) -> None:
     if y < layers and x < heads:
-        st.session_state[f"{PREFIX}_attention_layer"] = y
-        st.session_state[f"{PREFIX}_attention_head"] = x
+        choose_head(y, x)
 
 
 def _long(found: quantization_side_by_side.Result) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from ui import chart, clicks, compare, evidence, export, run, theme
 from ui.charts import quantization as charts
 from ui.prose import plain
 from ui.quantization import settings
-from ui.quantization.sentences import decibels, errors_sentence, strip_sentence
+from ui.quantization.sentences import decibels, errors_sentence, outliers_sentence, size_sentence, strip_sentence
 from ui.quantization.settings import BLOCK, PREFIX, Settings, choose_block, shared
 
 _HEIGHT, _BLOCK_HEIGHT, _STRIP_HEIGHT = 360, 430, 110
@@ -50,7 +50,7 @@ class _Scope:
     """Ends of axes that have room for the results of both sides.
 
     Args:
-        span: of the weights.
+        span: of the weights and the levels.
         top: the largest share of a bin.
         reach: the largest weight or level of a block.
         error_span: of the errors.
@@ -67,8 +67,9 @@ class _Scope:
 
     @classmethod
     def of(cls, found: list[quantization.Result]) -> _Scope:
+        spans = [charts.span_of(each.edges, each.levels) for each in found]
         return cls(
-            span=(min(float(each.edges[0]) for each in found), max(float(each.edges[-1]) for each in found)),
+            span=(min(low for low, _ in spans), max(high for _, high in spans)),
             top=max(float(max(each.original.max(), each.dequantized.max())) / each.count for each in found),
             reach=max(float(max(abs(each.block.levels).max(), abs(each.block.original).max())) for each in found),
             error_span=(
@@ -147,6 +148,8 @@ def _totals(side: _Side) -> None:
             f"{found.nbytes / found.original_nbytes:.0%} of bfloat16",
             help=f"{found.nbytes:,} bytes instead of {found.original_nbytes:,}.",
         )
+    if said := size_sentence(found.nbytes, found.original_nbytes):
+        st.caption(plain(said))
 
 
 def _histograms(side: _Side) -> None:
@@ -162,7 +165,8 @@ def _histograms(side: _Side) -> None:
         top=side.scope.top,
         mode=theme.mode(),
     )
-    chart.figure(fig, key=key, sentence=f"{found.source} {found.sentence}", height=_HEIGHT)
+    said = " ".join(filter(None, (found.source, found.sentence, outliers_sentence(found, side.params))))
+    chart.figure(fig, key=key, sentence=said, height=_HEIGHT)
     export.export(
         fig,
         key=key,
