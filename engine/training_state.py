@@ -50,7 +50,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         begun: whether a step was taken, so that the optimizer has something to remember of all that is not frozen.
 
     Raises:
-        InputError: the tensors are those of another model.
+        InputError: the tensors are those of another model, or of one with other weights frozen.
         DamagedCheckpointError: not all of them are there, or some hold what training cannot have left.
     """
     weights, given = _weights(model), _part(tensors, "model.")
@@ -62,9 +62,17 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
                 f"{_described(wanted)}; give one that was saved from this architecture."
             )
     states = {parameter: _part(tensors, f"optimizer.{name}.") for name, parameter in model.named_parameters()}
+    if begun and any(states.values()):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != bool(states[parameter]):
+                there, here = ("frozen", "trained") if parameter.requires_grad else ("trained", "frozen")
+                raise InputError(
+                    f"The checkpoint trained other weights: {name} is {there} in it and {here} in this model; freeze "
+                    "the same ones."
+                )
     random = {name: tensors.get(name) for name in _random_states(model) if name == _CPU or name in tensors}
     if not (
-        all(given[name].isfinite().all() for name, _ in model.named_parameters())
+        all(value.isfinite().all() for value in given.values() if value.is_floating_point())
         and all(_remembers(state, parameter, begun) for parameter, state in states.items())
         and all(_starts(state, _device(model) if name == _CUDA else "cpu") for name, state in random.items())
     ):

@@ -19,7 +19,7 @@ def keep(key: str) -> None:
 
 
 def settle(key: str) -> None:
-    """Let the guess count for the run that is started now, if there is one."""
+    """Let the guess count for the run that is started now: what stands on the open tab, or was moved to before."""
     moved = st.session_state.pop(_moved(key), None)
     st.session_state[_settled(key)] = st.session_state.get(key, moved)
 

@@ -188,7 +188,8 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy what `lora_state_dict` gave into a model with the same adapters; all of it or, after an error, none.
 
     Raises:
-        InputError: the model has no adapters or some are merged, or names or shapes differ; the message lists them.
+        InputError: the model has no adapters or some are merged, names or shapes differ (the message lists them), or
+            numbers are too large for the model's dtypes.
     """
     layers = _require_adapters(model)
     if any(layer.merged for layer in layers.values()):
@@ -201,9 +202,18 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     )
     if differing:
         raise InputError(f"The state is not of these adapters: {listed(differing)} differ in name or shape.")
-    for name, layer in layers.items():
-        if layer.start_A is not None:
-            layer.start_from(state[f"{name}.start_A"], state[f"{name}.start_B"])
+    too_large = sorted(key for key, value in own.items() if not state[key].to(value).isfinite().all())
+    if too_large:
+        raise InputError(f"The state holds numbers too large for these adapters: {listed(too_large)} would overflow.")
+    started = {
+        layer: (state[f"{name}.start_A"], state[f"{name}.start_B"])
+        for name, layer in layers.items()
+        if layer.start_A is not None
+    }
+    for layer, start in started.items():  # all of them before the first is changed
+        layer.rest_of_start(*start)
+    for layer, start in started.items():
+        layer.start_from(*start)
     for key, value in lora_state_dict(model).items():
         value.copy_(state[key])
 

@@ -187,16 +187,27 @@ class LoRALinear(nn.Module):
             InputError: A, B or what is left of the weight is too large for its dtype; nothing has changed then.
         """
         A, B = A.to(self.adapter.A), B.to(self.adapter.B)  # the weight makes up for their rounding
+        rest = self.rest_of_start(A, B)
+        self.adapter.A.copy_(A)
+        self.adapter.B.copy_(B)
+        self.start_A, self.start_B = A.detach().clone(), B.detach().clone()
+        self._replace_weight(rest)
+
+    @torch.no_grad()
+    def rest_of_start(self, A: Tensor, B: Tensor) -> Tensor:
+        """What `start_from` would leave of the given weight, (O, I).
+
+        Raises:
+            InputError: A, B or the rest is too large for its dtype.
+        """
+        A, B = A.to(self.adapter.A), B.to(self.adapter.B)
         rest = (self.original_weight() - self._product_of(A, B)).to(self.base.weight.dtype)
         if not all(part.isfinite().all() for part in (A, B, rest)):
             raise InputError(
                 f"The adapter cannot start inside the weight, its values are too large for {A.dtype} or {rest.dtype}: "
                 "give it float32 adapters, or a larger alpha."
             )
-        self.adapter.A.copy_(A)
-        self.adapter.B.copy_(B)
-        self.start_A, self.start_B = A.detach().clone(), B.detach().clone()
-        self._replace_weight(rest)
+        return rest
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A' (I, R') and B' (R', O) with s·A'·B' the change from the layer as it was given, transposed.

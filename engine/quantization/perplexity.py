@@ -85,7 +85,7 @@ class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) → (B, T, V)."""

@@ -196,6 +196,13 @@ def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch
 def test_guesses_are_judged(lab):
     assert "Right: activations" in words(lab(tab="Predict", part="activations"))
     assert "It is activations" in words(lab(tab="Predict", part="weights"))
+    for query in ({"shape": "storyteller", "batch": 1, "length": "128"}, {"shape": "Llama 3 70B", "batch": 1}):
+        params = memory.Params(**{"batch": 1} | {"shape": query["shape"], "length": int(query.get("length", 1024))})
+        found = memory.compute(params)
+        parts = found.ways[found.chosen].peak.parts
+        assert f"Right: {max(parts, key=parts.get)}" in words(
+            lab(tab="Predict", part=max(parts, key=parts.get), **query)
+        )
     assert "Well guessed: 15.4 GB" in words(lab(tab="Predict", size="16 GB", size_shown=True))
     assert "times less than you said" in words(lab(tab="Predict", size="1024 GB", size_shown=True))
     assert "15.4 GB" not in words(lab(tab="Predict"))

@@ -413,6 +413,17 @@ class TestPredicting:
         assert width == max(broken, default=None)
         assert f"at {width} bits" in words(app)
 
+    def test_a_guess_after_the_answer_was_seen_is_none(self, lab):
+        app = lab(tab="Predict", break_guess="8 bits", data_type="Integer", scale="per tensor")
+        app.button(key="_quantization_guess_start").click()
+        finished(app)
+        judged = words(app)
+        width = predict.breaks_at(app.session_state["_run_quantization_guess_run"].result)
+        other = next(bits for bits in (2, 3, 4, 8) if bits not in (8, width))
+        app.segmented_control(key="quantization_break_guess").set_value(str(other if width == 8 else width)).run()
+        finished(app)
+        assert ("Right: it breaks" in words(app)) == ("Right: it breaks" in judged)
+
     def test_it_is_measured_only_after_a_guess(self, lab):
         assert lab(tab="Predict").button(key="_quantization_guess_start").disabled
 

@@ -219,7 +219,13 @@ def test_the_step_that_is_weighed_does_not_slow_the_others():
     found = result(steps=40)
     weighed = found.tokens_per_second.copy()
     weighed[1] /= 50
-    assert step_seconds(dataclasses.replace(found, tokens_per_second=weighed)) == step_seconds(found)
+    assert step_seconds(dataclasses.replace(found, tokens_per_second=weighed)) == pytest.approx(step_seconds(found))
+
+
+def test_steps_of_unequal_speed_are_added_up():
+    found = result(steps=100)
+    speed = np.where(np.arange(100) < 55, 500.0, 1000.0)  # 100 tokens a step
+    assert step_seconds(dataclasses.replace(found, tokens_per_second=speed)) == pytest.approx(55 * 0.2 + 45 * 0.1)
 
 
 class TestCost:

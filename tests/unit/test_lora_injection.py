@@ -246,6 +246,20 @@ def test_a_state_brings_the_start_that_it_goes_with(seed):
         torch.testing.assert_close(layer.frozen_weight, adapted_layers(one)[name].frozen_weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("key", ["start_A", "adapter.A"])
+def test_a_state_of_which_one_layer_does_not_fit_changes_none(key):
+    model = decoder()
+    inject_lora(model, 4, start=pissa_start)
+    model.half()
+    before = copy.deepcopy(model.state_dict())
+    state = {name: 1.5 * value.float() for name, value in lora_state_dict(model).items()}
+    last = [name for name in state if name.endswith(key)][-1]
+    state[last] = 1e6 * state[last]
+    with pytest.raises(InputError, match="too large"):
+        load_lora_state_dict(model, state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_adapters_take_the_mode_of_the_model(training):
     model = decoder().train(training)

@@ -338,6 +338,12 @@ class TestPerplexity:
             assert measured.value == pytest.approx(math.exp(expected), rel=1e-4)
             assert measured.tokens == 6 * 24
 
+    def test_every_module_stays_in_its_mode(self):
+        model = nn.Sequential(nn.Embedding(50, 8), nn.Dropout(0.5).eval(), nn.Linear(8, 50)).train()
+        model[1].eval()
+        measure_perplexity(model, blocks(0))
+        assert [module.training for module in model] == [True, False, True]
+
     def test_beyond_all_numbers_it_is_infinite_and_of_a_broken_model_no_number(self):
         assert Perplexity(1e4, 1).value == math.inf
         assert Perplexity(709.0, 1).value == pytest.approx(math.exp(709))

@@ -406,6 +406,18 @@ class TestResuming:
         assert second.resume() == expected[after:]
         assert same(weights(second.model), weights(whole.model))
 
+    @pytest.mark.parametrize("frozen_there", [True, False])
+    def test_of_a_model_with_other_weights_frozen_it_is_not_called_damaged(self, tmp_path, frozen_there):
+        models = decoder(), decoder(5)
+        models[0 if frozen_there else 1].embed_tokens.requires_grad_(False)
+        first, second = map(trainer, models)
+        first.train_steps(2)
+        first.save(tmp_path / "run.safetensors")
+        before = weights(second.model)
+        with pytest.raises(InputError, match=r"trained other weights: embed_tokens\.weight is (frozen|trained) in it"):
+            second.load(tmp_path / "run.safetensors")
+        assert same(weights(second.model), before)
+
     def test_tied_weights_are_stored_once_and_stay_tied(self, tmp_path):
         model = decoder()
         run = trainer(model)

@@ -12,7 +12,7 @@ from ui.charts.memory import amount
 from ui.memory.settings import PREFIX, WEIGHTS
 from ui.prose import plain
 
-_PARTS = ("weights", "optimizer state", "gradients", "activations", "logits and loss")
+_PARTS = ("weights", "optimizer state", "gradients", "activations", "logits and loss", "temporary tensors", "workspace")
 _SIZES = tuple(float(f"{2.0**power:g}") for power in range(-2, 11))
 
 

@@ -8,6 +8,7 @@ import streamlit as st
 
 from engine.experiments import _quantization, quantization, quantization_model
 from ui import chart, run, theme
+from ui import guess as guessing
 from ui.charts import quantization_rates as charts
 from ui.prose import plain
 from ui.quantization.model import points
@@ -16,6 +17,7 @@ from ui.quantization.settings import PREFIX, Settings, shared
 
 _RUN = f"{PREFIX}_guess_run"
 _STARTED = f"_{PREFIX}_guess_started"
+_GUESS = f"{PREFIX}_break_guess"
 _FEWER = f"{PREFIX}_fewer_run"
 _CLOSE = 1.5  # dB
 _WIDTHS = (8, 4, 3, 2)
@@ -101,9 +103,11 @@ def _guess_break(given: Settings) -> None:
         "Your guess of the width",
         [*map(str, _WIDTHS), _NEVER],
         format_func=lambda width: width if width == _NEVER else f"{width} bits",
-        key=f"{PREFIX}_break_guess",
+        key=_GUESS,
         bind="query-params",
         label_visibility="collapsed",
+        on_change=guessing.keep,
+        args=(_GUESS,),
     )
     wanted = quantization_model.Params(
         **shared(quantization_model.Params, params), methods=("rounding",), data_types=(data_type,), widths=_WIDTHS
@@ -124,12 +128,13 @@ def _guess_break(given: Settings) -> None:
         st.caption("The settings have changed since this was measured: guess again, then measure again.")
 
     def draw(found: quantization_model.Result, measured: quantization_model.Params) -> None:
-        _verdict(found, measured, guess)
+        _verdict(found, measured, guessing.settled(_GUESS))
 
     run.watch("quantization_model", started, draw, key=_RUN, height=_HEIGHT)
 
 
 def _start(params: quantization_model.Params) -> None:
+    guessing.settle(_GUESS)
     st.session_state[_STARTED] = params
     run.ask("quantization_model", params, key=_RUN)
 

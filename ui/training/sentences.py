@@ -188,7 +188,7 @@ def progress(found: training.Result) -> str:
 
 
 def speed(found: training.Result) -> str:
-    """How much arithmetic a second the steps did, of which there is at least one, going by their median."""
+    """How much arithmetic a second the steps did, of which there is at least one; what else was done is left out."""
     seconds = step_seconds(found)
     return (
         f"The steps did {amount(found.measured.flops / seconds)}FLOP/s on {found.device}: they took {seconds:.3g} of "

@@ -107,8 +107,13 @@ def cost_sentence(cost: Cost, last: training.Result | None) -> str:
 
 
 def step_seconds(found: training.Result) -> float:
-    """How long the steps of a run took together, going by their median: one is weighed as well, and takes longer."""
-    return float(len(found.step) * found.tokens_per_step / np.median(found.tokens_per_second))
+    """How long the steps of a run took together; the one that was weighed, and took longer for it, as the median."""
+    seconds = found.tokens_per_step / found.tokens_per_second  # (S,)
+    weighed = min(2, len(seconds)) - 1
+    others = np.delete(seconds, weighed)
+    if len(others):
+        seconds[weighed] = np.median(others)
+    return float(seconds.sum())
 
 
 def roughly(seconds: float) -> str:
