@@ -89,7 +89,7 @@ def run(params: Params, job: Job) -> Result:
         spectra=torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True).numpy(),
         effective_rank=ranks,
         base_model=adapter.base_model,
-        sentence=f"An adapter of rank {adapter.rank} for {len(ranks)} layers of "
+        sentence=f"An adapter of rank {adapter.rank} for {len(ranks)} matrices of "
         f"{adapter.base_model or 'an unnamed model'}: its updates use {ranks.min():.1f} to {ranks.max():.1f} "
         f"directions, {np.median(ranks):.1f} in the median.",
     )

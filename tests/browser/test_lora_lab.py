@@ -61,7 +61,7 @@ def test_what_was_trained_is_looked_into_taken_home_and_brought_back(visit, tmp_
     visitor.settle()
     page.locator("[data-testid=stFileUploader] input[type=file]").set_input_files(file)
     expect(chart(visitor, "uploaded_spectrum")).to_be_visible(timeout=PATIENCE)
-    expect(page.get_by_text("An adapter of rank 2 for 42 layers").first).to_be_visible()
+    expect(page.get_by_text("An adapter of rank 2 for 42 matrices").first).to_be_visible()
     visitor.settle()
     broken = tmp_path / "adapter_model.bin"
     broken.write_bytes(b"a pickle")

@@ -388,7 +388,7 @@ class TestUploadedAdapter:
         assert [name.removeprefix("model.") for name in found.layers] == learned.layers
         assert (found.rank, found.alpha, found.dora, found.base_model) == (3, 16, False, "storyteller")
         assert found.scaling == pytest.approx(16 / 3)
-        assert "rank 3 for 42 layers of storyteller" in found.sentence
+        assert "rank 3 for 42 matrices of storyteller" in found.sentence
 
     def test_one_that_does_not_name_its_model(self, adapter, tmp_path):
         _, folder = adapter

@@ -106,8 +106,8 @@ def map_sentence(name: str, pooled: np.ndarray, method: _lora.Method) -> str:
     rows, columns = pooled.shape
     middle = float(np.median(pooled))
     words = (
-        f"|ΔW| of {label(name)}, inputs down and outputs across, in {columns} × {rows} blocks: each shows the largest "
-        f"number in it, the strongest {pooled.max():.2g}"
+        f"|ΔW| of {label(name)}, inputs down and outputs across, as {columns} × {rows} cells: each shows the largest "
+        f"of its numbers, the strongest {pooled.max():.2g}"
     )
     if middle > 0:
         words += f", {pooled.max() / middle:.1f} times the median one"

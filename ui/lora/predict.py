@@ -74,6 +74,7 @@ def _guess_accuracy(given: Settings) -> None:
         on_change=guess.keep,
         args=(GUESS,),
         bind="query-params",
+        disabled=run.is_running(RUN),  # what is guessed then would be for no run
     )
     if given.params.facts.strip():
         st.caption("Your own facts have no paraphrases: the guess is then of the questions themselves.")

@@ -115,7 +115,12 @@ def precision_sentence(found: RecordedSteps) -> str:
         ("our Decoder", "ours bf16, Decoder", "PEFT bf16, Decoder"),
     ]
     told = [f"in {code} {_pair(cost[ours], cost[peft])}" for code, ours, peft in pairs if {ours, peft} <= cost.keys()]
-    return f"{words} With both in bfloat16 throughout less is between them: {'; '.join(told)}." if told else words
+    if not told:
+        return words
+    return (
+        f"{words} With both in bfloat16 throughout that gain is gone: {'; '.join(told)}; where whiskers are long, the "
+        "step waits for the processor."
+    )
 
 
 def saving_sentence(found: RecordedSteps) -> str:

@@ -35,6 +35,7 @@ def predict(given: Settings) -> None:
         on_change=guess.keep,
         args=(GUESS,),
         bind="query-params",
+        disabled=run.is_running(RUN),  # what is guessed then would be for no run
     )
     if given.started is None:
         st.caption("Set your guess, then press “Train”.")

@@ -18,7 +18,8 @@ INDUCTION_HEAD = (
 
 ONE_LAYER = (
     "One layer cannot have one, however long it learns: the head has to find a place by the token that stood before "
-    "it, and only a previous-token head of a layer below can have noted there which that was. Set Depth to 2."
+    "it, and only a previous-token head of a layer below can have noted there which that was. Set Depth to 2, and "
+    "leave it some 300 steps."
 )
 
 GUESSING = float(np.log(training.VOCAB_SIZE))
