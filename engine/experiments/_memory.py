@@ -16,7 +16,11 @@ from pydantic import Field, model_validator
 
 from engine.architecture import ModelConfig
 from engine.experiments import ExperimentParams, _lora
+from engine.memory_budget import GB, MOST, PARTS, budget
 from engine.training_plan import Method, Optimizer, Plan, Weights
+
+__all__ = ["GB", "MOST", "PARTS", "SHAPES", "Weights", "budget"]
+"""What pages take from here, the arithmetic's own names among them."""
 
 ShapeName = Literal["storyteller", "SmolLM2-135M", "1.1 B, Llama-shaped", "Llama 7B", "Llama 3 70B"]
 Trained = Literal["LoRA", "full fine-tuning"]

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import memory
-from engine.memory_budget import MOST, PARTS
+from engine.experiments._memory import MOST, PARTS
 from ui import chart, export, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Stack, amount

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import _lora, _memory, memory, memory_measure
-from engine.memory_budget import budget
+from engine.experiments._memory import budget
 from ui import chart, export, run, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Pair, amount

@@ -7,7 +7,7 @@ import math
 import streamlit as st
 
 from engine.experiments import memory
-from engine.memory_budget import GB
+from engine.experiments._memory import GB
 from ui.charts.memory import amount
 from ui.memory.settings import PREFIX, WEIGHTS
 from ui.prose import plain

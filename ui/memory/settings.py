@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from engine.experiments import memory
-from engine.training_plan import Weights
+from engine.experiments._memory import Weights
 from ui import controls
 from ui.controls import Look
 from ui.labs import MEMORY

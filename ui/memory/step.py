@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from engine.experiments import memory
-from engine.memory_budget import PARTS
+from engine.experiments._memory import PARTS
 from ui import chart, export, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Stack, amount
