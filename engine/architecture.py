@@ -64,9 +64,22 @@ class ModelConfig(Settings):
         return embeddings + self.num_layers * (self._layer_matrices + 2 * self.d_model) + self.d_model
 
     @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of a block's seven matrices, by name."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (self.d_model, queries),
+            "k_proj": (self.d_model, keys),
+            "v_proj": (self.d_model, keys),
+            "o_proj": (queries, self.d_model),
+            "gate_proj": (self.d_model, self.ffn_dim),
+            "up_proj": (self.d_model, self.ffn_dim),
+            "down_proj": (self.ffn_dim, self.d_model),
+        }
+
+    @property
     def _layer_matrices(self) -> int:
-        attention = 2 * self.d_model * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return attention + 3 * self.d_model * self.ffn_dim
+        return sum(inputs * outputs for inputs, outputs in self.projections.values())
 
     def forward_flops(self, length: int) -> float:
         """FLOPs of one forward pass over T tokens: 2 per weight and token, and causal attention.

@@ -210,7 +210,7 @@ def weight_bytes(plan: Plan) -> tuple[int, int]:
     if not plan.is_quantized:
         return config.num_parameters * plan.width, 0
     if plan.weights == "int8":
-        outputs = config.num_layers * sum(out for _, out in plan.projections().values())
+        outputs = config.num_layers * sum(out for _, out in plan.config.projections.values())
         return in_matrices + rest * plan.width, 4 * (outputs + config.vocab_size * plan.head_is_quantized)
     codes = sum(count * math.ceil(size / 2) for size, count in matrices.items())
     scales = 0
@@ -299,7 +299,7 @@ def _gradient_bytes(plan: Plan) -> int:
 def _block_gradients(plan: Plan) -> tuple[int, int]:
     """Bytes of the gradients of a block, and of its last matrix, whose gradient comes first."""
     if plan.trains_everything:
-        sizes = {name: inputs * outputs for name, (inputs, outputs) in plan.projections().items()}
+        sizes = {name: inputs * outputs for name, (inputs, outputs) in plan.config.projections.items()}
         norms = 2 * plan.config.d_model
     else:
         sizes = {name: plan.rank * (inputs + outputs) for name, (inputs, outputs) in plan.adapted().items()}

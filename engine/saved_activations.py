@@ -32,7 +32,7 @@ def saved_by_block(plan: Plan, first: bool = False) -> int:
     config, N, w = plan.config, plan.tokens, plan.width
     D, F = config.d_model, config.ffn_dim
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    learns = set(plan.projections()) if plan.trains_everything else set(plan.adapted())
+    learns = set(plan.config.projections) if plan.trains_everything else set(plan.adapted())
     int8 = plan.weights == "int8"  # bitsandbytes' layers keep every input that wants a gradient
     reads_gradient = plan.trains_everything or not first
     attends = reads_gradient or bool(learns & {"q_proj", "k_proj", "v_proj"})

@@ -95,29 +95,15 @@ class Plan:
         """Whether every weight is trained."""
         return self.method == "full fine-tuning"
 
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(I, O) of a block's seven matrices, by name."""
-        config = self.config
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        return {
-            "q_proj": (config.d_model, queries),
-            "k_proj": (config.d_model, keys),
-            "v_proj": (config.d_model, keys),
-            "o_proj": (queries, config.d_model),
-            "gate_proj": (config.d_model, config.ffn_dim),
-            "up_proj": (config.d_model, config.ffn_dim),
-            "down_proj": (config.ffn_dim, config.d_model),
-        }
-
     def adapted(self) -> dict[str, tuple[int, int]]:
-        """Those of them that have an adapter."""
+        """(I, O) of those of a block's matrices that have an adapter, by name."""
         chosen = self.targets if self.method == "LoRA" else ()
-        return {name: sides for name, sides in self.projections().items() if name in chosen}
+        return {name: sides for name, sides in self.config.projections.items() if name in chosen}
 
     def matrices(self) -> Counter[int]:
         """Of the matrices that are in the chosen format, every block's and a quantized head: how many of which size."""
         config = self.config
-        sizes = Counter(inputs * outputs for inputs, outputs in self.projections().values())
+        sizes = Counter(inputs * outputs for inputs, outputs in self.config.projections.values())
         of_blocks = Counter({size: config.num_layers * count for size, count in sizes.items()})
         return of_blocks + Counter([config.vocab_size * config.d_model] * self.head_is_quantized)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,6 @@ __all__ = [
     "StepCost",
     "Targets",
     "adapter_parameters",
-    "module_shapes",
     "parse_facts",
     "read_facts",
     "recorded_steps",
@@ -84,9 +83,9 @@ class Shape:
     vocab_size: int
     tied: bool
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, a tied head counted once."""
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The same as a decoder's configuration."""
         return ModelConfig(
             d_model=self.d_model,
             ffn_dim=self.ffn_dim,
@@ -96,7 +95,7 @@ class Shape:
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
             tie_embeddings=self.tied,
-        ).num_parameters
+        )
 
 
 SHAPES = [
@@ -135,20 +134,6 @@ class AdapterSize:
         return self.total * BYTES[dtype]
 
 
-def module_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(I, O) of a layer's seven projections, by name."""
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return {
-        "q_proj": (shape.d_model, queries),
-        "k_proj": (shape.d_model, keys),
-        "v_proj": (shape.d_model, keys),
-        "o_proj": (queries, shape.d_model),
-        "gate_proj": (shape.d_model, shape.ffn_dim),
-        "up_proj": (shape.d_model, shape.ffn_dim),
-        "down_proj": (shape.ffn_dim, shape.d_model),
-    }
-
-
 def adapter_parameters(shape: Shape, rank: int, targets: Targets) -> AdapterSize:
     """The size of adapters of one rank, R·(I + O) for each projection of every layer.
 
@@ -160,13 +145,13 @@ def adapter_parameters(shape: Shape, rank: int, targets: Targets) -> AdapterSize
     Raises:
         InputError: the rank is out of range.
     """
-    shapes = {name: module_shapes(shape)[name] for name in TARGETS[targets]}
+    shapes = {name: shape.config.projections[name] for name in TARGETS[targets]}
     smallest = min(min(sides) for sides in shapes.values())
     if not 1 <= rank <= smallest:
         raise InputError(f"rank is {rank}: it must be from 1 to {smallest}, the smallest side of what is adapted.")
     per_module = {name: rank * (inputs + outputs) for name, (inputs, outputs) in shapes.items()}
     total = shape.num_layers * sum(per_module.values())
-    return AdapterSize(per_module, total, total / shape.num_parameters)
+    return AdapterSize(per_module, total, total / shape.config.num_parameters)
 
 
 _RECORDED = Path(__file__).parents[1] / "recorded"

@@ -5,7 +5,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from engine.architecture import ModelConfig
 from engine.experiments import ExperimentParams, _lora
 from engine.memory_budget import GB, MOST, PARTS, budget
 from engine.training_plan import Method, Optimizer, Plan, Weights
@@ -89,7 +87,7 @@ class PlanParams(ExperimentParams):
         method = method or self.method
         weights = self.trainable_weights if method == "full fine-tuning" else weights or self.weights
         return Plan(
-            config_of(SHAPES[self.shape]),
+            SHAPES[self.shape].config.model_copy(update={"max_seq_len": _LONGEST}),
             method,
             weights,
             self.rank,
@@ -100,14 +98,6 @@ class PlanParams(ExperimentParams):
             self.checkpointing,
             on_cuda,
         )
-
-
-@lru_cache(maxsize=len(SHAPES))
-def config_of(shape: _lora.Shape) -> ModelConfig:
-    """A shape as a decoder's configuration, for texts of any length."""
-    dimensions = dataclasses.asdict(shape)
-    del dimensions["name"]
-    return ModelConfig(tie_embeddings=dimensions.pop("tied"), max_seq_len=_LONGEST, **dimensions)
 
 
 def describe(plan: Plan) -> str:

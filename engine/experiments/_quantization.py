@@ -126,7 +126,7 @@ class ModelParams(ExperimentParams):
         Codes are packed in 64-bit words, so that a weight takes some 64 bytes for a moment.
         """
         shape = self._shape
-        return 0 if shape is None else 4 * shape.num_parameters + _BYTES_A_WEIGHT * shape.d_model * shape.ffn_dim
+        return 0 if shape is None else 4 * shape.config.num_parameters + _BYTES_A_WEIGHT * shape.d_model * shape.ffn_dim
 
     @property
     def _shape(self) -> _lora.Shape | None:
@@ -203,7 +203,7 @@ class TextParams(ModelParams):
             return 0
         logits = max(LOGITS_AT_ONCE, BLOCK_TOKENS * shape.vocab_size)
         moments = shape.num_layers * (6 * shape.d_model**2 + shape.ffn_dim**2)
-        return super().memory_bytes() + 4 * (shape.num_parameters + 3 * logits + moments)
+        return super().memory_bytes() + 4 * (shape.config.num_parameters + 3 * logits + moments)
 
     @field_validator("text")
     @classmethod

@@ -144,15 +144,15 @@ class Params(TuningParams):
         if self.method == "DoRA":
             adapter += shape.num_layers * self._adapted_outputs
         full = self.method == "full fine-tuning"
-        trainable = shape.num_parameters if full else adapter
+        trainable = shape.config.num_parameters if full else adapter
         beside = 0 if full else 2 * adapter if self.method == "PiSSA" else adapter  # PiSSA keeps where it started
         position = shape.num_layers * self._saved_per_layer() + shape.d_model + 3 * shape.vocab_size
         longest = math.ceil(self._longest / _CHARACTERS_PER_TOKEN) - 1  # the last token is said, not read
         questions = sum(len(fact.training) for fact in self.known)
         activations = min(self.batch_size, questions) * longest * position
         updating = trainable + (2 * shape.vocab_size * shape.d_model if full else 0)
-        numbers = shape.num_parameters + beside + 2 * trainable + max(updating, activations)
-        return Cost(trainable, shape.num_parameters, 4 * numbers)
+        numbers = shape.config.num_parameters + beside + 2 * trainable + max(updating, activations)
+        return Cost(trainable, shape.config.num_parameters, 4 * numbers)
 
     def _saved_per_layer(self) -> int:
         """Numbers of one position that the backward pass through one layer needs.
@@ -174,7 +174,7 @@ class Params(TuningParams):
     @property
     def _adapted_outputs(self) -> int:
         """Σ O over the adapted projections of one layer."""
-        shapes = _lora.module_shapes(_lora.shape_of(self.model))
+        shapes = _lora.shape_of(self.model).config.projections
         return sum(shapes[name][1] for name in _lora.TARGETS[self.targets])
 
     @property

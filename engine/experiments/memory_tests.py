@@ -100,7 +100,7 @@ def _of_shape(params: Params) -> list[Check]:
         _check(
             "Parameters",
             "|predicted / counted − 1|, of the whole model, built without memory for its numbers",
-            SHAPES[params.shape].num_parameters,
+            SHAPES[params.shape].config.num_parameters,
             counted,
         )
     ]

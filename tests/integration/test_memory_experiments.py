@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import DoesNotFitError
-from engine.experiments import _lora, _memory, memory, memory_measure, memory_paged, memory_tests, parse
+from engine.experiments import _memory, memory, memory_measure, memory_paged, memory_tests, parse
 from engine.memory_budget import GB, budget
 from engine.runtime.jobs import LocalJob
 from tests.benchmarks import memory_prediction
@@ -69,10 +69,6 @@ class TestBudget:
     def test_a_context_is_known_of_every_shape(self):
         assert set(_memory.CONTEXTS) == set(_memory.SHAPES)
         assert memory.compute(memory.Params(shape="storyteller")).context == 512
-
-    def test_shapes_are_those_of_the_lora_lab(self):
-        for shape in _lora.SHAPES:
-            assert _memory.config_of(shape).num_parameters == shape.num_parameters
 
 
 class TestMeasure:

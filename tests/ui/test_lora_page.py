@@ -349,7 +349,7 @@ class TestSweep:
 
     def test_the_axis_has_room_for_all_from_the_start(self):
         low, high = sweep.span(lora_sweep.Params())
-        assert (low, high) == (29_184, _lora.SHAPES[0].num_parameters)
+        assert (low, high) == (29_184, _lora.SHAPES[0].config.num_parameters)
         assert sweep.span(lora_sweep.Params(ranks=(8,), with_full=False)) == (8 * 29_184, 16 * 29_184)
 
 

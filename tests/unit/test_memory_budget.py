@@ -170,18 +170,7 @@ def test_int8_weights_and_their_scales(config):
 def test_a_billion_parameters_on_a_gpu(way, method):
     """The recorded peaks are of the LoRA lab's benchmark: another script, before these formulas were written."""
     recorded = _lora.recorded_steps().latest[way].peak_bytes
-    shape = _lora.SHAPES[2]
-    config = ModelConfig(
-        d_model=shape.d_model,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        ffn_dim=shape.ffn_dim,
-        vocab_size=shape.vocab_size,
-        tie_embeddings=shape.tied,
-    )
-    predicted = budget(Plan(config, method, batch=4, length=1024)).peak
+    predicted = budget(Plan(_lora.SHAPES[2].config, method, batch=4, length=1024)).peak
     assert predicted.total == pytest.approx(recorded, rel=0.01)
     assert predicted.name == "the gradient of the loss"
 

@@ -119,7 +119,7 @@ def map_sentence(name: str, pooled: np.ndarray, method: _lora.Method) -> str:
 def _map(found: lora.Result, params: lora.Params, chosen: int) -> None:
     name = found.layers[chosen]
     pooled = found.delta_maps[name]
-    inputs, outputs = _lora.module_shapes(_lora.shape_of(params.model))[place(name)[1]]
+    inputs, outputs = _lora.shape_of(params.model).config.projections[place(name)[1]]
     key = f"{PREFIX}_delta"
     fig = charts.delta_map(pooled.T, inputs, outputs)
     chart.figure(fig, key=key, sentence=map_sentence(name, pooled, params.method), height=_HEIGHT)

@@ -35,7 +35,7 @@ def size(given: Settings) -> None:
             help="Dimensions as published; nothing of this size is loaded.",
         )
     ]
-    modules = _lora.module_shapes(shape)
+    modules = shape.config.projections
     matrix = two.selectbox("Matrix that is drawn", list(modules), index=0, key=_MATRIX, bind="query-params")
     dtype = three.segmented_control(
         "Numbers are", ["float32", "bfloat16"], default="float32", required=True, key=_DTYPE, bind="query-params"
@@ -64,7 +64,7 @@ def _follow_model(model: str) -> None:
 
 def _totals(shape: _lora.Shape, adapter: _lora.AdapterSize, dtype: str) -> None:
     width = _lora.BYTES[dtype]
-    whole = shape.num_parameters
+    whole = shape.config.num_parameters
     with st.container(horizontal=True, key=f"{PREFIX}_totals"):
         st.metric("Trained", count(adapter.total), help=f"{adapter.total:,} numbers: all As and Bs.")
         st.metric("Share of the model", share(adapter.share), help=f"Of {whole:,} parameters.")
@@ -98,7 +98,7 @@ def scale_sentence(inputs: int, outputs: int, rank: int) -> str:
 
 
 def _drawing(shape: _lora.Shape, matrix: str, params: lora.Params) -> None:
-    inputs, outputs = _lora.module_shapes(shape)[matrix]
+    inputs, outputs = shape.config.projections[matrix]
     fig = charts.to_scale(inputs, outputs, params.rank, mode=theme.mode())
     key = f"{PREFIX}_scale"
     sentence = scale_sentence(inputs, outputs, params.rank)
@@ -128,7 +128,7 @@ def _by_rank(shape: _lora.Shape, targets: _lora.Targets) -> pd.DataFrame:
 
 
 def _modules(shape: _lora.Shape, adapter: _lora.AdapterSize, dtype: str) -> None:
-    modules = _lora.module_shapes(shape)
+    modules = shape.config.projections
     st.markdown(f"**One layer of {plain(shape.name)}**, of {shape.num_layers}")
     rows = {}
     for name, (inputs, outputs) in modules.items():
@@ -148,7 +148,7 @@ def _models(params: lora.Params, dtype: str) -> None:
     for shape in _lora.SHAPES:
         adapter = _lora.adapter_parameters(shape, params.rank, params.targets)
         rows[shape.name] = {
-            "parameters": count(shape.num_parameters),
+            "parameters": count(shape.config.num_parameters),
             "trained": count(adapter.total),
             "share": share(adapter.share),
             "file": settings.size(adapter.nbytes(dtype)),
