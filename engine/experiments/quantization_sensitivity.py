@@ -195,19 +195,23 @@ def _measure(
 def _describe(params: Params, parts: list[PartCost], original: float, everything: float | None) -> str:
     if not parts:
         return ""
-    worst = max(parts, key=lambda part: part.perplexity)
+    worst = max(parts, key=lambda part: math.inf if math.isnan(part.perplexity) else part.perplexity)
     part = {"layer": "", "block": "block ", "kind": "all of "}[params.unit] + worst.name
-    sentence = f"{params.in_words}: {part} alone costs most, {_cost(worst.increase)}"
+    sentence = f"{params.in_words}: {part} alone hurts most: perplexity {_change(worst.increase)}."
     if everything is None:
-        return f"{sentence}."
-    return (
-        f"{sentence}. All parts at once cost {_cost(everything / original - 1)}, their costs one by one add up to "
-        f"{_cost(sum(part.increase for part in parts))}."
-    )
+        return sentence
+    sentence += f" All parts at once: {_change(everything / original - 1)}."
+    one_by_one = sum(part.increase for part in parts)
+    if not math.isfinite(one_by_one):
+        return sentence
+    return f"{sentence} One by one, their changes add up to {_change(one_by_one)}."
 
 
-def _cost(increase: float) -> str:
-    """An increase of the perplexity; beyond tenfold a percentage says nothing any more."""
-    if increase <= _LARGEST_PERCENTAGE:
-        return f"{increase:+.2%} perplexity"
-    return f"a perplexity {_quantization_perplexity.in_words(1 + increase)} times as high"
+def _change(increase: float) -> str:
+    """A relative change, ``"−0.02%"``; beyond tenfold a percentage says nothing any more."""
+    if not math.isfinite(increase):
+        return "no number" if math.isnan(increase) else "beyond counting"
+    if increase > _LARGEST_PERCENTAGE:
+        return f"{_quantization_perplexity.in_words(1 + increase)} times the original"
+    rounded = round(increase, 4)
+    return f"{rounded:+.2%}".replace("-", "−") if rounded else "0.00%"

@@ -28,7 +28,7 @@ from engine.errors import InputError
 from engine.lora.adapter_config import CONFIG_FILE, LARGEST, read_config
 from engine.lora.injection import adapted_layers, inject_lora, listed, shortened, uncompiled_name
 from engine.lora.layer import ScalingRule, rank_stabilized_scaling, standard_scaling
-from engine.lora.linear import DoRALinear, LoRALinear
+from engine.lora.linear import DoRALinear, LoRALinear, own_dtype
 from engine.model import Decoder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -202,7 +202,7 @@ def load_adapter(
 
     Raises:
         InputError: as `read_adapter`, or the adapter is for another model: names or shapes differ, or its numbers are
-            too large for the model's dtype.
+            too large for the dtype that a layer computes in or that A and B are kept in.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     there = {
@@ -225,13 +225,10 @@ def load_adapter(
             raise InputError(
                 f"The adapter is for another model: it brings a frozen weight of {name} that differs from the model's."
             )
-        dtypes = {linear.weight.dtype, adapter_dtype or linear.weight.dtype}  # computed in, kept in
-        for dtype in (dtype for dtype in dtypes if dtype.is_floating_point):
-            if not all(factor.to(dtype).isfinite().all() for factor in (factors.A, factors.B)):
-                raise InputError(
-                    f"The adapter of {name} holds numbers beyond {_dtype_name(dtype)}'s largest, "
-                    f"{torch.finfo(dtype).max:g}: load the model in float32 or bfloat16."
-                )
+        for dtype in _computing_dtypes(linear):
+            _check_range(name, factors, dtype, "load the model in float32 or bfloat16")
+        kept = adapter_dtype or own_dtype(linear)
+        _check_range(name, factors, kept, "keep it in another adapter_dtype, such as bfloat16 or float32")
     adapted = inject_lora(
         model,
         adapter.rank,
@@ -309,6 +306,22 @@ def _check_size(name: str, factors: Factors, scaling: float) -> None:
         raise InputError(
             f"The update of {shortened(name)} is too large to compute with: the scaling is {scaling:.3g}, the factors' "
             f"norms are {norms[0]:.3g} and {norms[1]:.3g}, and their product must be at most {LARGEST:g}."
+        )
+
+
+def _computing_dtypes(linear: nn.Linear) -> list[torch.dtype]:
+    """What the factors may be cast to: the weight's dtype before any packing, and what a layer casts x to."""
+    state = getattr(linear.weight, "quant_state", None)
+    dtypes = (linear.weight.dtype if state is None else state.dtype, getattr(linear, "compute_dtype", None))
+    return [dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point]
+
+
+def _check_range(name: str, factors: Factors, dtype: torch.dtype, remedy: str) -> None:
+    """Raise unless `dtype` reaches as far as the factors do."""
+    if not all(factor.to(dtype).isfinite().all() for factor in (factors.A, factors.B)):
+        raise InputError(
+            f"The adapter of {shortened(name)} holds numbers beyond {_dtype_name(dtype)}'s largest, "
+            f"{torch.finfo(dtype).max:g}: {remedy}."
         )
 
 

@@ -34,7 +34,8 @@ class LoRALinear(nn.Module):
 
     Where `base` is exactly an `nn.Linear`, or bitsandbytes' `Linear4bit` (QLoRA), that stays frozen, nothing is dropped
     and no part has hooks or a `forward` of its own, one function computes the sum (`engine.lora.product`). Any other
-    base, one in 8 bits say, computes its own product, and the update is added.
+    base, one in 8 bits or one that computes in another dtype than x's say, computes its own product, and the update is
+    added.
 
     The state (`state_dict`) is that of the unmerged layer, merged or not; loading one into a merged layer unmerges it.
 
@@ -45,9 +46,9 @@ class LoRALinear(nn.Module):
         dropout: share of the update's inputs that is dropped in training.
         scaling_rule: s from α and R.
         start: gives A and B their first values; when left out, A is random and B is 0.
-        dtype: of A and B; `base`'s when left out, float32 if that holds no floating-point numbers. They are cast to
-            the input's dtype to compute, so that float32 here next to a bfloat16 base keeps exact sums of small steps
-            at the price of casting two small matrices.
+        dtype: of A and B; `own_dtype` of `base` when left out. They are cast to the input's dtype to compute, so that
+            float32 here next to a bfloat16 base keeps exact sums of small steps at the price of casting two small
+            matrices.
 
     Raises:
         InputError: a value is out of range.
@@ -69,10 +70,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not 0 <= dropout < 1:
             raise InputError(f"The dropout is {dropout}: it must be at least 0 and below 1.")
-        own = base.weight.dtype if base.weight.is_floating_point() else torch.float32
         self.base = base.requires_grad_(False)
         self.adapter = LoRALayer(base.in_features, base.out_features, rank, alpha, scaling_rule=scaling_rule)
-        self.adapter.to(base.weight.device, dtype or own)
+        self.adapter.to(base.weight.device, dtype or own_dtype(base))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
@@ -161,11 +161,15 @@ class LoRALinear(nn.Module):
         return AdaptedWeight(weight, bias, self.adapter.A, self.adapter.B, self.adapter.scaling)
 
     def _known_weight(self, x: Tensor) -> Tensor | PackedWeight | None:
-        """W as `adapted_linears` takes it; None if `base` may do anything else than multiply with it."""
+        """W as `adapted_linears` takes it; None if `base` may do anything else than multiply with it in that dtype.
+
+        A `Linear4bit` gives x's dtype back, whatever autocast's is.
+        """
         if type(self.base) is nn.Linear:
             return self.base.weight
         stored = StoredWeight.of(self.base)
-        return stored if stored and self.base.compute_dtype in (None, product_dtype(x)) else None
+        plainly = stored and product_dtype(x) == x.dtype and self.base.compute_dtype in (None, x.dtype)
+        return stored if plainly else None
 
     def _replace_weight(self, weight: Tensor) -> None:
         """Give `base` another W, (O, I); whoever shares the old one, an embedding say, keeps it."""
@@ -268,6 +272,12 @@ class LoRALinear(nn.Module):
                 f"The adapted layer is a {type(self.base).__name__}, whose weight cannot be read and written as a "
                 "matrix: merging, DoRA and a PiSSA start need a plain nn.Linear."
             )
+
+
+def own_dtype(base: nn.Linear) -> torch.dtype:
+    """What A and B of an adapter on `base` are kept in: its weight's dtype, float32 where that holds packed codes."""
+    packed = getattr(base.weight, "quant_state", None) is not None or not base.weight.is_floating_point()
+    return torch.float32 if packed else base.weight.dtype
 
 
 class DoRALinear(LoRALinear):

@@ -117,7 +117,7 @@ def int8_product(x: Tensor, weight: QuantizedTensor, threshold: float = THRESHOL
         threshold: from which magnitude on an activation is an outlier; 0 for none.
 
     Raises:
-        InputError: the weight is no int8 matrix with a scale for each output.
+        InputError: the weight is no int8 matrix with a scale for each output, or a threshold below 0 or NaN.
 
     Source: Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339; bitsandbytes' `Linear8bitLt`.
     """
@@ -125,6 +125,10 @@ def int8_product(x: Tensor, weight: QuantizedTensor, threshold: float = THRESHOL
         raise InputError(
             f"The weight is {weight.data_type.name} {weight.grouping} of shape {tuple(weight.shape)}: "
             "quantize a matrix to int8 per channel."
+        )
+    if not threshold >= 0:
+        raise InputError(
+            f"The threshold is {threshold}: give a magnitude above 0, such as {THRESHOLD:g}, or 0 for no outliers."
         )
     rows = x.reshape(-1, x.shape[-1]).float()  # (B, I)
     outlying = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)

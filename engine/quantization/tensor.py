@@ -49,8 +49,8 @@ class QuantizedScales:
         return self.differences.nbytes + self.mean.nbytes
 
     def dequantize(self) -> Tensor:
-        """The scales, (G,) float32."""
-        return self.differences.dequantize() + self.mean
+        """The scales, (G,) float32, within its range: the sum may be rounded beyond it."""
+        return round_to(self.differences.dequantize() + self.mean, self.mean.dtype)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +22,7 @@ from engine.lora.injection import PROJECTIONS, inject_lora, lora_parameters, mer
 from engine.lora.layer import rank_stabilized_scaling
 from engine.lora.linear import DoRALinear, LoRALinear, pissa_start
 from engine.lora.spectrum import singular_values
+from engine.quantization.production import quantize_model_4bit
 
 SEEDS = range(2)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -166,6 +168,66 @@ def test_numbers_beyond_the_models_dtype_are_refused(tmp_path, adapter_dtype):
         load_adapter(model, tmp_path, adapter_dtype=adapter_dtype)
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     load_adapter(base().bfloat16(), tmp_path)
+
+
+KEPT = r"holds numbers beyond float16's largest, 65504: keep it in another adapter_dtype, such as bfloat16 or float32\."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_numbers_beyond_the_dtype_that_is_asked_for_are_not_blamed_on_the_model(tmp_path, dtype, packed):
+    adapter = wide_adapter(tmp_path)
+    model = wide_base(dtype, packed)
+    with pytest.raises(InputError, match=rf"q_proj {KEPT}"):
+        load_adapter(model, adapter, adapter_dtype=torch.float16)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    for kept in (None, torch.float32, torch.bfloat16):
+        layers = load_adapter(wide_base(dtype, packed), adapter, adapter_dtype=kept)
+        factors = next(iter(layers.values())).adapter
+        assert factors.A.dtype == (kept or (torch.float32 if packed else dtype))
+        assert factors.A.max() == torch.tensor(7e4).to(factors.A.dtype)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32, torch.bfloat16])
+def test_a_4_bit_layer_computes_in_the_dtype_that_it_was_packed_from(tmp_path, adapter_dtype):
+    adapter = wide_adapter(tmp_path)
+    computing = r"q_proj holds numbers beyond float16's largest, 65504: load the model in float32 or bfloat16"
+    with pytest.raises(InputError, match=computing):
+        load_adapter(wide_base(torch.float16, packed=True), adapter, adapter_dtype=adapter_dtype)
+    model = wide_base(torch.float32, packed=True)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = torch.float16
+    with pytest.raises(InputError, match=computing):
+        load_adapter(model, adapter, adapter_dtype=adapter_dtype)
+
+
+def test_the_dtype_that_a_4_bit_weight_is_stored_as_is_not_computed_in(tmp_path):
+    adapter = wide_adapter(tmp_path)
+    model = wide_base(torch.float32, packed=False)
+    for name in adapter.layers:
+        linear = model.get_submodule(name)
+        packed = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_storage=torch.float16)
+        packed.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_storage=torch.float16).to("cpu")
+        model.set_submodule(name, packed)
+        assert packed.weight.dtype == torch.float16
+    layers = load_adapter(model, adapter)
+    assert {parameter.dtype for parameter in lora_parameters(model)} == {torch.float32}
+    assert all(layer.adapter.A.isfinite().all() for layer in layers.values())
+
+
+def wide_adapter(folder):
+    """A q_proj adapter for models of width 64 with a number beyond float16."""
+    model = wide_base(torch.float32, packed=False)
+    layers = inject_lora(model, 4, targets=["layers.0.self_attn.q_proj"])
+    for layer in layers.values():
+        nn.init.constant_(layer.adapter.A, 7e4)
+    return read_adapter(save_adapter(model, folder))
+
+
+def wide_base(dtype, packed):
+    model = base(width=64).to(dtype)
+    return quantize_model_4bit(model) if packed else model
 
 
 def test_an_adapter_is_loaded_onto_a_model_of_which_a_part_is_compiled(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -298,17 +299,47 @@ class TestSensitivity:
     def test_the_sentence_says_by_how_much(self, tiny):
         found = sensitivity(model=tiny, text=OWN, unit="kind", bits=2)
         worst = max(part.increase for part in found.parts)
-        assert f"alone costs most, {worst:+.2%} perplexity." in found.sentence
         at_once = found.quantized_perplexity / found.original_perplexity - 1
         one_by_one = sum(part.increase for part in found.parts)
-        assert f"All parts at once cost {at_once:+.2%} perplexity, " in found.sentence
-        assert found.sentence.endswith(f"add up to {one_by_one:+.2%} perplexity.")
+        said = [f"{change:+.2%}".replace("-", "−") for change in (worst, at_once, one_by_one)]
+        assert found.sentence.endswith(
+            f"hurts most: perplexity {said[0]}. All parts at once: {said[1]}. "
+            f"One by one, their changes add up to {said[2]}."
+        )
+
+    @pytest.mark.parametrize("unit", ["layer", "block", "kind"])
+    @pytest.mark.parametrize(
+        ("costs", "everything", "said"),
+        [
+            ([0.01, -0.002], -0.0002, ["+1.00%", "−0.02%", "+0.80%"]),
+            ([-0.0002, -0.0003], None, ["−0.02%"]),
+            ([0.00001, -0.00001], 0.0, ["0.00%", "0.00%", "0.00%"]),
+            ([12.5, 0.1], 1e6, ["13.5 times the original", "1,000,000 times the original", "13.6 times the original"]),
+            ([0.5, math.inf], math.inf, ["beyond counting", "beyond counting"]),
+            ([0.5, math.nan, 0.2], 0.7, ["no number", "+70.00%"]),
+        ],
+    )
+    def test_the_sentence_reads_well(self, unit, costs, everything, said):
+        parts = [
+            quantization_sensitivity.PartCost(f"part{i}", "", "", 1, 5 * (1 + cost), cost, 0.0)
+            for i, cost in enumerate(costs)
+        ]
+        total = None if everything is None else 5 * (1 + everything)
+        params = quantization_sensitivity.Params(unit=unit)
+        words = quantization_sensitivity._describe(params, parts, 5.0, total).removeprefix(params.in_words)
+        worst = next((i for i, cost in enumerate(costs) if math.isnan(cost)), int(np.argmax(costs)))
+        assert f"part{worst} alone hurts most: perplexity {said[0]}." in words
+        assert words.count("perplexity") == 1
+        assert "-" not in words
+        assert not re.search(r"\b(nan|inf)\b", words)
+        figures = re.findall(r"[+−]?[\d.,]+%|[\d.,]+ times the original|beyond counting|no number", words)
+        assert figures == said
 
     def test_beyond_tenfold_the_sentence_says_how_many_times(self):
         found = sensitivity(unit="block", bits=2)
         times = found.quantized_perplexity / found.original_perplexity
         assert times > 1000
-        said = f"All parts at once cost a perplexity {_quantization_perplexity.in_words(times)} times as high"
+        said = f"All parts at once: {_quantization_perplexity.in_words(times)} times the original."
         assert said in found.sentence
 
     def test_parts_of_another_device_and_of_a_changed_model_are_measured_anew(self, tiny, tmp_path, monkeypatch):

@@ -134,14 +134,43 @@ def test_recomputed_it_gives_the_same_gradients():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_computes_in_its_dtype_where_the_base_does(device):
-    layer, x = adapted(linear_4bit(dtype=torch.bfloat16, device=device)), inputs(device=device)
+    layer = adapted(linear_4bit(dtype=torch.bfloat16, device=device))
+    x = inputs(dtype=torch.bfloat16, device=device)
     with torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, by_formula([layer], x.bfloat16())[0], atol=0.05, rtol=0.02)
-    wide = layer(x)  # the base computes in bfloat16, whatever x is
-    assert wide.dtype == torch.float32
-    torch.testing.assert_close(wide, layer.base(x) + layer.adapter(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y, by_formula([layer], x)[0], atol=0.05, rtol=0.02)
+    wide = inputs(device=device)
+    y = layer(wide)  # the base computes in bfloat16, whatever x is
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, layer.base(wide) + layer.adapter(wide), atol=1e-4, rtol=1e-4)
+
+
+AUTOCAST = [None, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+def test_watched_or_not_it_gives_the_dtype_of_the_base_and_the_same_gradients(device, autocast, x_dtype, dtype):
+    base = linear_4bit(dtype=dtype or torch.float32, bias=True, device=device)
+    if dtype is None:  # what bitsandbytes' own constructor leaves: it computes in the first input's dtype
+        base.compute_dtype, base.compute_type_is_set = None, False
+    layer, watched = adapted(base), adapted(copy.deepcopy(base))
+    watched.base.register_forward_hook(lambda *_: None)
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        expected = copy.deepcopy(base)(inputs(dtype=x_dtype, device=device)).dtype
+    found = []
+    for each in (layer, watched):
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            found.append(outcome([each], inputs(dtype=x_dtype, device=device), lambda layers, x: [layers[0](x)]))
+            together = LoRALinear.together([each, each], inputs(dtype=x_dtype, device=device))
+        assert {y.dtype for y in together} == {found[-1][0].dtype} == {expected}
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.float() - other.float()).norm() <= 0.02 * other.float().norm()
 
 
 def test_compiled_it_gives_the_same():

@@ -1,6 +1,7 @@
 """Data types, packing, groups and quantized tensors: levels as defined, bits counted, rounding to the nearest."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -278,6 +279,24 @@ class TestQuantize:
         w[0, :2] = torch.tensor([largest, -largest])
         assert quantize(w, name, double_quantization=double).dequantize().isfinite().all()
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_scales_that_are_quantized_themselves_stay_within_float32(self, seed):
+        """A mean that is added to the largest difference from it may be rounded to more."""
+        w = normal(seed, 8 + seed, 64)
+        w[0] *= torch.finfo(torch.float32).max / w[0].abs().max()
+        q = quantize(w, double_quantization=True)
+        assert q.scales.dequantize().isfinite().all()
+        assert q.dequantize().isfinite().all()
+
+    @pytest.mark.parametrize("name", DATA_TYPE_NAMES)
+    @pytest.mark.parametrize("double", [False, True])
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_a_narrower_dtype_holds_its_largest_number_where_the_weight_is_beyond(self, name, double, seed):
+        q = quantize(normal(seed, 4, 64, scale=1e5), name, double_quantization=double)
+        wide, largest = q.dequantize(), torch.finfo(torch.float16).max
+        assert (wide.abs() > largest).any()
+        assert torch.equal(replace(q, dtype=torch.float16).dequantize(), wide.clamp(-largest, largest).half())
+
     def test_scales_that_float32_cannot_hold_are_refused_in_words(self):
         far_apart = torch.tensor([3e38, -3e38, 1, 2])
         with pytest.raises(InputError, match=r"further apart than float32.*no scale of uint4 fits"):
@@ -370,6 +389,11 @@ class TestOutliers:
                 split_outliers(torch.ones(2, 4), threshold)
         with pytest.raises(InputError, match=r"int4 per channel.*quantize a matrix to int8"):
             int8_product(torch.ones(2, 4), quantize(torch.ones(3, 4), "int4", per_channel()))
+        for threshold in (math.nan, -1.0):
+            with pytest.raises(
+                InputError, match=rf"threshold is {threshold}: give a magnitude .*, or 0 for no outliers"
+            ):
+                int8_product(torch.ones(2, 4), quantize(torch.ones(3, 4), "int8", per_channel()), threshold)
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_a_product_with_outliers_needs_the_split(self, seed):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -123,7 +125,8 @@ def _map(found: quantization_sensitivity.Result, params: quantization_sensitivit
 
 
 def _ranking(found: quantization_sensitivity.Result, params: quantization_sensitivity.Params) -> None:
-    ranked = sorted(found.parts, key=lambda part: -part.increase)[: _RANKED if params.unit == "layer" else 40]
+    worst_first = sorted(found.parts, key=lambda part: part.increase if math.isfinite(part.increase) else math.inf)[::-1]
+    ranked = worst_first[: _RANKED if params.unit == "layer" else 40]
     key = f"{PREFIX}_sensitivity_ranking"
     fig = quantization_rates.ranking(
         [part_label(part) for part in ranked],

@@ -93,17 +93,27 @@ def chance_sentence(increases: Sequence[float]) -> str:
     """How many parts of a model hurt more than chance explains, in words.
 
     Quantizing cannot be expected to help, so that the largest fall shows how far chance alone moves the perplexity of
-    this text: a rise that is no larger may be chance as well.
+    this text: a rise that is no larger may be chance as well. Where no finite perplexity is left, nothing is chance.
     """
-    lowered = sum(increase < 0 for increase in increases)
+    total, finite = len(increases), [increase for increase in increases if math.isfinite(increase)]
+    blank = total - len(finite)
+    if not finite:
+        return f"None of the {total} layers leaves a finite perplexity: all are blank."
+    lowered = sum(increase < 0 for increase in finite)
     if not lowered:
-        return f"Blue layers raise the perplexity: all {len(increases)}."
-    chance = -min(increases)
-    hurt = sum(increase > chance for increase in increases)
+        if not blank:
+            return f"Blue layers raise the perplexity: all {total}."
+        return (
+            f"Blue layers raise the perplexity: {len(finite)} of {total}. Clearly hurt: {blank}, left blank: "
+            "no finite perplexity."
+        )
+    chance = -min(finite)
+    hurt = sum(increase > chance for increase in finite)
     return (
-        f"Orange layers lower the perplexity of this text, which is chance: {lowered} of {len(increases)}, by up to "
+        f"Orange layers lower the perplexity of this text, which is chance: {lowered} of {total}, by up to "
         f"{chance:.2%}. Blue ones that raise it by no more cannot be told from chance: "
-        f"{len(increases) - lowered - hurt}. Clearly hurt: {hurt}."
+        f"{len(finite) - lowered - hurt}. Clearly hurt: {hurt + blank}"
+        + (f", {blank} of them blank: no finite perplexity." if blank else ".")
     )
 
 
