@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 from distributed.client import FutureCancelledError
+from distributed.comm import get_address_host
 
 from engine.errors import JobCancelledError, JobFailedError
 from engine.runtime import tasks
@@ -21,8 +22,8 @@ from engine.runtime.tasks import Outcome
 from engine.runtime.tickets import Work
 
 ATTEMPTS = 3  # to hand over work whose worker dies before it begins
-NEWS_DELAY = 2.0  # seconds that the nanny's news of what it did may take longer than the news of the worker's death
 MEMORY_TOPIC = "worker-restart-memory"  # Dask's own: a nanny ended a worker that took too much memory
+NEWS_LOOKS, NEWS_PAUSE = 10, 0.2  # how often and at what distance, in seconds, to look for news that may come late
 
 KILLED = "The worker died while the job ran, perhaps for lack of memory: it is being replaced, and you can try again."
 NEVER_BEGAN = "The workers die before they can begin the job: the server's log says more."
@@ -38,9 +39,9 @@ class _Run:
         self.id = f"{work.name}-{uuid.uuid4().hex}"  # also the Dask key, whose first part names the task
         self.work = work
         self.worker: str | None = None  # its address, once the job has begun
+        self.pid = 0  # likewise, the id of its process
         self.timer: asyncio.TimerHandle | None = None
         self.fetching = False  # a partial result is on its way
-        self.out_of_memory = asyncio.Event()  # its worker took too much, and was ended by its nanny
 
 
 class Dispatcher:
@@ -71,7 +72,6 @@ class Dispatcher:
             return Outcome(error=JobFailedError(LOST))
         # Each time, as Dask forgets subscriptions when it has to reconnect to the scheduler.
         self._client.subscribe_topic(self._topic, self._on_message)
-        self._client.subscribe_topic(MEMORY_TOPIC, self._on_memory_event)
         for _ in range(ATTEMPTS):
             outcome = await self._attempt(work)
             if outcome is not None:
@@ -130,11 +130,25 @@ class Dispatcher:
         except KilledWorker:
             if run.worker is None:
                 return None
-            with suppress(TimeoutError):
-                await asyncio.wait_for(run.out_of_memory.wait(), NEWS_DELAY)
-            return Outcome(error=JobFailedError(tasks.OUT_OF_MEMORY if run.out_of_memory.is_set() else KILLED))
+            ended_for_memory = await self._ended_for_memory(run.worker, run.pid)
+            return Outcome(error=JobFailedError(tasks.OUT_OF_MEMORY if ended_for_memory else KILLED))
         except FutureCancelledError:
             return Outcome(error=JobFailedError(LOST))
+
+    async def _ended_for_memory(self, worker: str, pid: int) -> bool:
+        """Whether its nanny ended `worker` because it took too much memory.
+
+        The nanny tells the scheduler on its own, perhaps after the news of the death. It knows the process; the address
+        that it gives can be that of the worker's predecessor, if that one died as soon as it had started.
+        """
+        host = get_address_host(worker)
+        for _ in range(NEWS_LOOKS):
+            with suppress(OSError):
+                events = [event for _, event in await self._client.get_events(MEMORY_TOPIC)]
+                if any(event["pid"] == pid and get_address_host(event["worker"]) == host for event in events):
+                    return True
+            await asyncio.sleep(NEWS_PAUSE)
+        return False
 
     async def _halt(self, run: _Run, future: Future, answer: asyncio.Task[Outcome | None]) -> None:
         """Ask the job to stop; once force may be used, kill its worker if it does not within the grace."""
@@ -200,13 +214,8 @@ class Dispatcher:
         elif run is None:  # given up while it was on its way
             self._request(tasks.stop, message["run"], worker=message["worker"])
         else:
-            run.worker = message["worker"]
+            run.worker, run.pid = message["worker"], message["begun"]
             if run.timer is None:  # a cluster with other settings than ours may repeat a job whose worker died
                 limit = run.work.params.time_limit
                 run.timer = asyncio.get_running_loop().call_later(limit, self._on_time_limit, run.work)
                 self._on_begin(run.work)
-
-    def _on_memory_event(self, event: tuple[float, dict[str, Any]]) -> None:
-        for run in self._runs.values():
-            if run.worker == event[1]["worker"]:
-                run.out_of_memory.set()

@@ -122,8 +122,8 @@ class WorkerJob:
 def perform(run: str, topic: str, name: str, values: dict[str, Any]) -> Outcome:
     """Run the experiment `name` with parameter `values`; its messages go to the Dask `topic`, marked with `run`.
 
-    The first message says ``begun``, one that says ``shown`` is about a partial result, which `shown` gives, the others
-    are reports; Dask adds the address of the ``worker`` to each.
+    The first message says ``begun``, in which process, one that says ``shown`` is about a partial result, which `shown`
+    gives, the others are reports; Dask adds the address of the ``worker`` to each.
     """
     warmup.wait()
     worker = get_worker()
@@ -137,7 +137,7 @@ def perform(run: str, topic: str, name: str, values: dict[str, Any]) -> Outcome:
 
     job = WorkerJob(devices.torch_device(), send, later)
     _jobs[run] = job
-    send({"begun": True})
+    send({"begun": os.getpid()})
     try:
         return attempt(name, values, job)
     finally:
