@@ -124,9 +124,12 @@ def _map(found: quantization_sensitivity.Result, params: quantization_sensitivit
     _export(fig, key, "quantization-sensitivity-map", found, params)
 
 
+def _harm(part: quantization_sensitivity.PartCost) -> float:
+    return math.inf if math.isnan(part.increase) else part.increase
+
+
 def _ranking(found: quantization_sensitivity.Result, params: quantization_sensitivity.Params) -> None:
-    worst_first = sorted(found.parts, key=lambda part: part.increase if math.isfinite(part.increase) else math.inf)[::-1]
-    ranked = worst_first[: _RANKED if params.unit == "layer" else 40]
+    ranked = sorted(found.parts, key=_harm, reverse=True)[: _RANKED if params.unit == "layer" else 40]
     key = f"{PREFIX}_sensitivity_ranking"
     fig = quantization_rates.ranking(
         [part_label(part) for part in ranked],
