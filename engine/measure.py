@@ -7,10 +7,12 @@ the device meanwhile, such as another learner's slider, is not held up and shows
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import statistics
 import tempfile
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def measure_time(
 ) -> Evidence:
     """Time `function` on `device`, alone, after a warm-up.
 
-    The CPU is timed by `torch.utils.benchmark` with all of torch's threads, for `runs` runs after two that do not
-    count. CUDA is timed by events in `triton.testing.do_bench`, which empties the L2 cache between runs, for 25 ms that
-    do not count and 10 ms times `runs` that do.
+    The CPU is timed by `timeit`, which holds garbage collection back, for `runs` runs after two that do not count
+    (`torch.utils.benchmark` would warm up twice before each). CUDA is timed by events in `triton.testing.do_bench`,
+    which empties the L2 cache between runs, for 25 ms that do not count and 10 ms times `runs` that do.
 
     Args:
         function: what to time; it must leave its work on `device`.
@@ -89,6 +90,56 @@ def measure_time(
         shape=shape,
         versions=versions(),
     )
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches at its best, as measured: the roof and the slope of its roofline.
+
+    Both are of the 10th percentile of the runs: a ceiling is what undisturbed runs reach.
+
+    Args:
+        flops: FLOP/s of a large square matrix product.
+        bandwidth: bytes/s of a large copy, those read and those written.
+        product: evidence of the product.
+        copy: evidence of the copy.
+    """
+
+    flops: float
+    bandwidth: float
+    product: Evidence
+    copy: Evidence
+
+
+def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Measure both ceilings, once in this process for a device and a dtype.
+
+    A GPU multiplies 8192 × 8192 matrices (2 · 8192³ FLOPs) and copies 1 GiB. A CPU copies 128 MiB, which is more than
+    caches hold, and multiplies 1024 × 1024; smaller ones where even those take long, as some do in float16.
+
+    Args:
+        device: torch device.
+        dtype: of the numbers.
+    """
+    return _ceilings(str(torch.device(device)), dtype)
+
+
+@functools.cache
+def _ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    on_gpu = torch.device(device).type == "cuda"
+    side, last, nbytes = (8192, 8192, 2**30) if on_gpu else (128, 1024, 2**27)
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        shape = f"product of two {side} × {side} matrices"
+        product = measure_time(functools.partial(torch.mm, a, b), device, dtype=dtype, shape=shape, runs=5)
+        if side == last or product.median_ms > 5:
+            break
+        side *= 2
+    source = torch.ones(nbytes // dtype.itemsize, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    shape = f"copy of {nbytes // 2**20} MiB"
+    copy = measure_time(functools.partial(target.copy_, source), device, dtype=dtype, shape=shape, runs=5)
+    return Ceilings(2 * side**3 / product.low_ms * 1e3, 2 * source.nbytes / copy.low_ms * 1e3, product, copy)
 
 
 def peak_memory(function: Callable[[], object], device: str) -> int:
@@ -165,6 +216,5 @@ def _times_cuda(function: Callable[[], object], device: str, runs: int) -> list[
 
 
 def _times_cpu(function: Callable[[], object], runs: int) -> list[float]:
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    timer.timeit(2)
-    return [timer.timeit(1).median * 1000 for _ in range(runs)]
+    timeit.repeat(function, number=1, repeat=2)
+    return [1000 * seconds for seconds in timeit.repeat(function, number=1, repeat=runs)]

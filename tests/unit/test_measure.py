@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.measure import exclusive, lock_path, measure_time, peak_memory
+from engine.measure import ceilings, exclusive, lock_path, measure_time, peak_memory
 
 
 def test_a_sleep_takes_its_time():
@@ -84,6 +84,38 @@ def test_two_users_do_not_share_a_file(monkeypatch):
     mine = lock_path("cpu")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert lock_path("cpu") != mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ceilings_are_of_what_was_timed_and_no_size_beats_them_by_far(dtype):
+    found = ceilings("cpu", dtype)
+    side, elements = 512, 2**24
+    a, source = torch.randn(side, side).to(dtype), torch.ones(elements, dtype=dtype)
+    target = torch.empty_like(source)
+    product = measure_time(lambda: a @ a, "cpu", dtype=dtype, shape="-", runs=5)
+    copy = measure_time(lambda: target.copy_(source), "cpu", dtype=dtype, shape="-", runs=5)
+    assert 1 / 10 < 2 * side**3 / product.low_ms * 1e3 / found.flops < 10
+    assert 1 / 10 < 2 * source.nbytes / copy.low_ms * 1e3 / found.bandwidth < 10
+    assert found.copy.dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_cpus_ceilings_take_a_moment_even_where_half_precision_is_slow(dtype):
+    found = ceilings("cpu", dtype)
+    assert found.product.median_ms < 300
+    assert found.copy.median_ms < 300
+
+
+def test_ceilings_are_measured_once():
+    assert ceilings("cpu", torch.float32) is ceilings(torch.device("cpu"), torch.float32)
+    assert ceilings("cpu", torch.float32) is not ceilings("cpu", torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_gpus_ceilings_are_within_reach():
+    found = ceilings("cuda", torch.bfloat16)
+    assert 50e12 < found.flops < 5e15
+    assert 0.2e12 < found.bandwidth < 20e12
 
 
 @pytest.mark.gpu
