@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "AttentionWithLoRA": "engine.lora.attention",
     "Decoder": "engine.model",
+    "FlashAttention": "engine.flash.attention",
     "KVCache": "engine.model",
     "LoRALayer": "engine.lora.layer",
     "LoRALinear": "engine.lora.linear",
@@ -20,6 +21,7 @@ _HOMES = {
     "Parts": "engine.model",
     "Sampling": "engine.generation",
     "ScaledDotProductAttention": "engine.attention",
+    "StandardAttention": "engine.flash.attention",
     "TokenBlocks": "engine.data",
     "Trainer": "engine.trainer",
     "TrainerOptions": "engine.trainer",

@@ -53,6 +53,7 @@ TIERS = (
             "engine/data.py",
             "engine/experiments",
             "engine/finetuning",
+            "engine/flash",
             "engine/generation.py",
             "engine/llama.py",
             "engine/lora/__init__.py",

@@ -1,0 +1,187 @@
+"""Backends are measured once for a kind of call, the fastest correct one is kept, and what fails is named."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.errors import InputError
+from engine.flash import choice
+from engine.flash.backends import BACKENDS, standard_attention
+from engine.flash.choice import Errors, error_against_reference, fastest
+from engine.measure import Evidence
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    choice.forget()
+    yield
+    choice.forget()
+
+
+def drawn(seed=0, shape=(2, 4, 2, 64, 64, 16), dtype=torch.float32, device="cpu"):
+    batch, heads, groups, queries, keys, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((batch, heads, queries, width), (batch, groups, keys, width), (batch, groups, keys, width))
+    return [torch.randn(*size, generator=generator).to(device, dtype) for size in sizes]
+
+
+def altered(monkeypatch, name, change):
+    """A backend whose kernel computes `change(output)` of standard attention's output."""
+
+    def kernel(Q, K, V, causal, scale):
+        K, V = (x.repeat_interleave(Q.shape[1] // K.shape[1], 1) for x in (K, V))
+        return change(standard_attention(Q, K, V, causal, scale))
+
+    monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], kernel=kernel))
+
+
+def failing(monkeypatch, name, error):
+    def change(output):
+        raise error
+
+    altered(monkeypatch, name, change)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_fastest_of_the_correct_ones_is_chosen(dtype, grad, device):
+    found = fastest(*drawn(1, dtype=dtype, device=device), causal=True, grad=grad)
+    medians = {name: evidence.median_ms for name, evidence in found.evidence.items()}
+    assert medians[found.backend.name] == min(medians.values())
+    assert found.ranking()[0] is found.backend
+    assert {"standard", "torch-math", "torch-flash"} & set(medians) == set(medians) if device == "cpu" else True
+    assert set(medians) | set(found.refused) == set(BACKENDS)
+    assert set(medians) <= set(found.errors)
+    for name in medians:
+        assert found.errors[name].within(found.baseline, dtype)
+        assert (found.errors[name].backward is None) == (not grad)
+        assert isinstance(found.evidence[name], Evidence)
+
+
+def test_measuring_happens_once_for_a_kind(monkeypatch):
+    Q, K, V = drawn()
+    first = fastest(Q, K, V, causal=True)
+    monkeypatch.setattr(choice, "measure_time", lambda *args, **options: pytest.fail("measured again"))
+    assert fastest(*drawn(5), causal=True) is first
+    assert fastest(*drawn(5, (2, 4, 2, 33, 33, 16)), causal=True) is first  # 33 is nearer to 64 than to 32, in powers
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        fastest(*drawn(0, (2, 4, 2, 65, 65, 16)), causal=True)
+
+
+def test_a_slow_backend_is_not_chosen(monkeypatch):
+    for slow, quick in (("torch-flash", "torch-math"), ("torch-math", "torch-flash")):
+        choice.forget()
+        with monkeypatch.context() as patched:
+            altered(patched, "standard", lambda output: (time.sleep(0.02), output)[1])
+            altered(patched, slow, lambda output: (time.sleep(0.02), output)[1])
+            assert fastest(*drawn()).backend.name == quick
+
+
+def wrong_row(output):
+    output = output.clone()
+    output[..., -1, :] = output[..., -2, :]
+    return output
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [lambda output: output * 1.001, wrong_row, lambda output: output.bfloat16().to(output.dtype), torch.zeros_like],
+    ids=["a thousandth too large", "one wrong row", "rounded too far", "nothing"],
+)
+def test_what_is_not_correct_is_refused_however_fast(monkeypatch, change, grad):
+    altered(monkeypatch, "torch-flash", change)
+    if change is torch.zeros_like and grad:
+        altered(monkeypatch, "torch-flash", lambda output: output * 0)
+    found = fastest(*drawn(2), grad=grad)
+    assert "torch-flash" not in found.evidence
+    assert "errs more than twice" in found.refused["torch-flash"]
+
+
+def test_wrong_gradients_are_refused_where_they_are_asked_for(monkeypatch):
+    altered(monkeypatch, "torch-flash", lambda output: output + (output - output.detach()))
+    assert "torch-flash" in fastest(*drawn(3)).evidence
+    assert "errs more than twice" in fastest(*drawn(3), grad=True).refused["torch-flash"]
+
+
+def test_what_is_no_number_is_no_answer(monkeypatch):
+    altered(monkeypatch, "torch-flash", lambda output: output * torch.nan)
+    assert "torch-flash" in fastest(*drawn()).refused
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such kernel\n  at line 7"), torch.OutOfMemoryError("too large")])
+def test_a_backend_that_fails_is_named_and_the_others_go_on(monkeypatch, error):
+    failing(monkeypatch, "torch-flash", error)
+    found = fastest(*drawn())
+    assert found.refused["torch-flash"] in ("It failed: no such kernel.", "It failed: too large.")
+    assert {"standard", "torch-math"} <= set(found.evidence)
+
+
+def test_if_all_fail_each_reason_is_told(monkeypatch):
+    for name in ("standard", "torch-flash", "torch-math"):
+        failing(monkeypatch, name, RuntimeError(f"{name} broke"))
+    monkeypatch.setattr(choice, "standard_attention", lambda Q, K, V, causal, scale: Q.clone())
+    with pytest.raises(InputError, match=r"standard broke.*torch-math broke.*torch-flash broke"):
+        fastest(*drawn(0, (1, 2, 2, 8, 8, 4)))
+
+
+def test_what_would_not_fit_is_not_tried(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(choice.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**18))
+    found = fastest(*drawn(0, (2, 4, 4, 128, 128, 8)))
+    assert set(found.evidence) == {"torch-flash"}
+    assert "GiB" in found.refused["standard"]
+    assert set(fastest(*drawn(0, (1, 1, 1, 16, 16, 8))).evidence) == {"standard", "torch-math", "torch-flash"}
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2, 50, 50, 16), (1, 2, 2, 9, 40, 8), (1, 2, 1, 40, 9, 8), (3, 2, 2, 1, 30, 8)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_reference_is_the_same_in_blocks_of_queries(monkeypatch, shape, causal):
+    Q, K, V = drawn(4, shape)
+    whole = error_against_reference(BACKENDS["torch-math"], Q, K, V, causal=causal, grad=True)
+    monkeypatch.setattr(choice, "SCORES_AT_ONCE", 4 * K.shape[2] * Q.shape[1])
+    blocks = error_against_reference(BACKENDS["torch-math"], Q, K, V, causal=causal, grad=True)
+    assert blocks.forward == pytest.approx(whole.forward, rel=1e-6, abs=1e-12)
+    assert blocks.backward == pytest.approx(whole.backward, rel=1e-6, abs=1e-12)
+    assert 0 <= blocks.forward_max < 1e-5
+    assert blocks.backward < 1e-5
+
+
+def test_errors_are_of_the_size_of_the_dtype():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        errors = error_against_reference(BACKENDS["standard"], *drawn(6, dtype=dtype), grad=True)
+        eps = torch.finfo(dtype).eps
+        assert eps / 20 < errors.forward < 4 * eps
+        assert eps / 20 < errors.backward < 4 * eps
+
+
+def test_twice_the_baseline_is_the_limit_and_a_rounding_is_allowed():
+    baseline = Errors(1e-3, 2e-3, 3e-3, 4e-3)
+    assert Errors(2e-3, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
+    assert not Errors(2e-3, 4e-3, 6e-3, 8.1e-3).within(baseline, torch.float32)
+    assert not Errors(2.1e-3, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
+    assert Errors(5e-8, 5e-8).within(Errors(0.0, 0.0), torch.float32)
+    assert not Errors(float("inf"), 0.0).within(Errors(1.0, 1.0), torch.float32)
+
+
+def test_the_global_random_numbers_are_left_alone():
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    fastest(*drawn(), grad=True)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.gpu
+def test_a_gpus_candidates_beside_the_cpus():
+    found = fastest(*drawn(7, (2, 16, 16, 2048, 2048, 64), torch.bfloat16, "cuda"), causal=True)
+    assert {"torch-flash", "torch-cudnn", "torch-efficient", "flex", "triton"} <= set(found.evidence)
+    assert found.backend.name not in ("standard", "torch-math")
