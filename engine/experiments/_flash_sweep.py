@@ -1,0 +1,195 @@
+"""Backends measured at one length after the other: what the FlashAttention lab's speed and roofline share.
+
+Legend: B batch, H heads, T tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from engine import measure, memory
+from engine.errors import InputError
+from engine.experiments import _flash_cost
+from engine.experiments._flash import GB, Peaks, Stop, SweepParams
+from engine.flash.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from engine.flash.backends import Backend
+    from engine.measure import Evidence
+    from engine.runtime.jobs import Job
+
+Found = TypeVar("Found")
+
+POINT_SECONDS = 90.0
+"""A point that would take longer is not begun: a cancellation has to wait for it."""
+
+_MARGIN = 1.1
+_WORKSPACE = 64 * 2**20
+"""Bytes that libraries may want for themselves."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One backend at one length."""
+
+    backend: Backend
+    length: int
+    evidence: Evidence
+    peak_bytes: int
+
+
+class Sweep:
+    """Every backend at the shortest length, then at the next; a backend whose line ends is left out from there.
+
+    Attributes:
+        total: points that there are to be, stops included; fewer once a line has ended early.
+        absent: backends that take none of the lengths, by label, with the reason.
+
+    Args:
+        params: what to measure.
+        job: where; it may be stopped between two points.
+        peaks: of the device.
+        weigh: whether memory is wanted as well.
+
+    Raises:
+        InputError: none of the backends takes such a shape here.
+    """
+
+    def __init__(self, params: SweepParams, job: Job, peaks: Peaks, *, weigh: bool) -> None:
+        self._params, self._job, self._peaks, self._weigh = params, job, peaks, weigh
+        self._dtype = getattr(torch, params.dtype)
+        chosen = [BACKENDS[name] for name in dict.fromkeys(params.backends)]
+        refused = {backend.name: [self._why_not(backend, T) for T in params.lengths] for backend in chosen}
+        self._backends = [backend for backend in chosen if not all(refused[backend.name])]
+        self.absent = {backend.label: refused[backend.name][0] for backend in chosen if all(refused[backend.name])}
+        if not self._backends:
+            reasons = " ".join(f"{label}: {reason}" for label, reason in self.absent.items())
+            raise InputError(f"None of the chosen backends can compute this here, so choose others as well. {reasons}")
+        self.total = len(self._backends) * len(params.lengths)
+
+    def __iter__(self) -> Iterator[Measured | Stop]:
+        """Points and stops as they come; ends early if the job is to stop."""
+        going = list(self._backends)
+        speed: dict[str, float] = {}  # FLOP/s at the length before
+        lengths = self._params.lengths
+        for index, length in enumerate(lengths):
+            for backend in list(going):
+                if self._job.cancelled:
+                    return
+                found = self._point(backend, length, speed.get(backend.name))
+                if isinstance(found, Measured):
+                    speed[backend.name] = _flash_cost.flops(self._params, length) / found.evidence.median_ms * 1e3
+                elif found.kind != "cannot":
+                    going.remove(backend)
+                    self.total -= len(lengths) - index - 1
+                yield found
+
+    def _point(self, backend: Backend, length: int, speed: float | None) -> Measured | Stop:
+        if (reason := self._why_not(backend, length)) is not None:
+            return Stop(backend.name, backend.label, length, "cannot", reason)
+        if (stop := self._too_much(backend, length) or self._too_long(backend, length, speed)) is not None:
+            return stop
+        return attempt(lambda: self._measure(backend, length), backend.name, backend.label, length, self._job.device)
+
+    def _measure(self, backend: Backend, length: int) -> Measured:
+        params, device = self._params, self._job.device
+        batch = params.batch_at(length)
+        shape = (batch, params.heads, length, params.head_dim)
+        inputs = [torch.randn(shape, device=device).to(self._dtype).requires_grad_(params.grad) for _ in range(3)]
+        upstream = torch.randn(shape, device=device).to(self._dtype) if params.grad else None
+
+        def forward() -> torch.Tensor:
+            return backend.run(*inputs, params.causal, None)
+
+        def both() -> object:
+            return torch.autograd.grad(forward(), inputs, upstream)
+
+        whole = both if params.grad else forward
+        if device.startswith("cuda"):
+            whole()  # compiles and plans; what the libraries keep from that is not the pass's peak
+        peak = measure.peak_memory(whole, device) if self._weigh else 0
+        timed: Callable[[], object] = whole
+        if params.direction == "backward":
+            output = forward()
+
+            def timed() -> object:
+                return torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+
+        evidence = measure.measure_time(
+            timed,
+            device,
+            dtype=self._dtype,
+            shape=f"{params.direction}, {batch} × {params.heads} heads × {length:,} tokens × {params.head_dim}"
+            + ", causal" * params.causal,
+            runs=params.runs,
+        )
+        return Measured(backend, length, evidence, peak)
+
+    def _why_not(self, backend: Backend, length: int) -> str | None:
+        params = self._params
+        shape = (params.head_dim, length, length, params.causal, params.grad, False)
+        return backend.why_not(self._job.device, self._dtype, *shape)
+
+    def _too_much(self, backend: Backend, length: int) -> Stop | None:
+        held = _flash_cost.held_bytes(self._params, backend.name, length)
+        needed = _flash_cost.input_bytes(self._params, length) + round(_MARGIN * held) + _WORKSPACE
+        free = memory.free(self._job.device)
+        if needed <= _flash_cost.SAFE * free:
+            return None
+        reason = (
+            f"Out of memory: {length:,} tokens would need {needed / GB:.1f} GB, and {free / GB:.1f} GB are free, so it "
+            "was not tried."
+        )
+        return Stop(backend.name, backend.label, length, "memory", reason, needed, free)
+
+    def _too_long(self, backend: Backend, length: int, speed: float | None) -> Stop | None:
+        least = _flash_cost.least_ms(self._params, _flash_cost.model_of(backend.name), length, self._peaks) / 1e3
+        seconds = max(least, _flash_cost.flops(self._params, length) / speed if speed else 0.0)
+        calls = self._params.runs + 4  # one is weighed, two warm up, and a backward pass needs its forward
+        if calls * seconds <= POINT_SECONDS:
+            return None
+        reason = (
+            f"{length:,} tokens would take about {seconds:.0f} s a run, too long for {calls} calls: it was not tried."
+        )
+        return Stop(backend.name, backend.label, length, "time", reason)
+
+
+def attempt(function: Callable[[], Measured], name: str, label: str, length: int, device: str) -> Measured | Stop:
+    """What `function` measures, or a stop that says how it failed; others can go on.
+
+    Raises:
+        RuntimeError: it has spoiled the GPU for this process, so that nothing can go on.
+    """
+    try:
+        return function()
+    except torch.cuda.OutOfMemoryError:
+        reason, kind = f"Out of memory at {length:,} tokens: it took more than was predicted.", "memory"
+    except Exception as error:
+        said = str(error).strip().split("\n")[0].rstrip(".") or "it said no more"
+        reason, kind = f"It failed at {length:,} tokens with {type(error).__name__}: {said}.", "failed"
+    if device.startswith("cuda"):  # here, where the exception no longer holds its tensors
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise RuntimeError(f"{label} spoiled the GPU for this process at {length:,} tokens") from error
+        torch.cuda.empty_cache()
+    return Stop(name, label, length, kind, reason)
+
+
+def measure_peaks(device: str, dtype: str) -> Peaks:
+    """Both ceilings of the device, as plain numbers."""
+    found = measure.ceilings(device, getattr(torch, dtype))
+    evidence = (describe(found.product), describe(found.copy))
+    return Peaks(found.flops, found.bandwidth, evidence)
+
+
+def describe(evidence: Evidence) -> str:
+    """Evidence in a line, e.g. ``"copy of 128 MiB: 21.4 ms (20.9 to 23), median of 5 runs after …, float32"``."""
+    return (
+        f"{evidence.shape}: {evidence.median_ms:.3g} ms ({evidence.low_ms:.3g} to {evidence.high_ms:.3g}), median of "
+        f"{evidence.runs} runs after a warm-up of {evidence.warmup}, {evidence.dtype}"
+    )

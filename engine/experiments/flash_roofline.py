@@ -1,0 +1,243 @@
+"""The roofline of this device, and every backend's runs on it: FLOP a byte against FLOP a second.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from engine.experiments import _flash_cost
+from engine.experiments._ending import Ending, stopped
+from engine.experiments._flash import Peaks, Stop, SweepParams
+
+if TYPE_CHECKING:
+    from engine.experiments._flash_sweep import Measured
+    from engine.runtime.jobs import Job
+
+
+class Params(SweepParams):
+    """The settings of the sweep."""
+
+    runs: int = Field(
+        3, ge=3, le=50, title="Runs a point", description="Timed runs: their median is drawn, and their spread."
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One backend at one length.
+
+    Args:
+        backend, label: which, and what it is called.
+        model: by which model its bytes are counted: ``"standard"`` or ``"flash"``.
+        length, batch: T and B.
+        flops: that the pass takes, the mask's saving counted.
+        moved_bytes: between memory and chip, modelled.
+        intensity: `flops` / `moved_bytes`.
+        flops_per_second, low, high: reached: at the median time, at the 90th and at the 10th percentile.
+        roof: FLOP/s that the device allows at this intensity; `flops_per_second` is below it, but for caches that
+            serve what is counted as memory, and noise.
+    """
+
+    backend: str
+    label: str
+    model: str
+    length: int
+    batch: int
+    flops: float
+    moved_bytes: float
+    intensity: float
+    flops_per_second: float
+    low: float
+    high: float
+    roof: float
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the modelled intensity moves with the length.
+
+    Args:
+        name, label: ``"standard"`` or ``"flash"``, and in words.
+        lengths: (N,).
+        intensity: (N,), FLOP a byte.
+    """
+
+    name: str
+    label: str
+    lengths: np.ndarray
+    intensity: np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """The roof and the points under it.
+
+    Args:
+        peaks: of the device; its `ridge` is where the two roofs meet.
+        points: in the order in which they were measured.
+        paths: modelled intensity of standard and of flash attention at every length of the sweep.
+        stops, absent: as `flash_speed.Result`'s.
+        total: points that there are to be, stops included.
+        memory: which memory the bytes are counted to, in a sentence.
+        on_gpu: whether it ran on one.
+        evidence: how it was measured, a line each.
+        ended, ending: whether all points are there, and why not.
+        sentence: what the picture shows.
+        device: its name.
+        versions: of what took part.
+    """
+
+    peaks: Peaks
+    points: tuple[Point, ...]
+    paths: tuple[Path, ...]
+    stops: tuple[Stop, ...]
+    absent: dict[str, str]
+    total: int
+    memory: str
+    on_gpu: bool
+    evidence: tuple[str, ...]
+    ended: Ending
+    ending: str
+    sentence: str
+    device: str
+    versions: dict[str, str]
+
+
+def run(params: Params, job: Job) -> Result:
+    """Measure the roof, then the sweep.
+
+    Raises:
+        DoesNotFitError: the longest sequence would not fit even without the T × T matrix.
+    """
+    from engine import memory
+    from engine.experiments._flash_sweep import Measured, Sweep, measure_peaks
+    from engine.measure import device_name, versions
+
+    _flash_cost.check_fits(params, memory.free(job.device))
+    where, software = device_name(job.device), versions()
+    peaks = measure_peaks(job.device, params.dtype)
+    sweep = Sweep(params, job, peaks, weigh=False)
+    paths = predict_paths(params)
+    on_gpu = job.device.startswith("cuda")
+    points: list[Point] = []
+    stops: list[Stop] = []
+
+    def result(ended: Ending, ending: str) -> Result:
+        return Result(
+            peaks=peaks,
+            points=tuple(points),
+            paths=paths,
+            stops=tuple(stops),
+            absent=sweep.absent,
+            total=sweep.total,
+            memory=_memory_words(on_gpu),
+            on_gpu=on_gpu,
+            evidence=(*peaks.evidence, f"every point: median of {params.runs} runs or more, {params.direction}"),
+            ended=ended,
+            ending=ending,
+            sentence=_describe(peaks, tuple(points)),
+            device=where,
+            versions=software,
+        )
+
+    job.report(0, sweep.total)
+    job.show(lambda: result("running", "The roof was measured."))
+    for found in sweep:
+        if isinstance(found, Measured):
+            points.append(_point(params, found, peaks))
+        else:
+            stops.append(found)
+        job.report(len(points) + len(stops), sweep.total, tokens=found.length)
+        job.show(lambda: result("running", f"{len(points) + len(stops)} of {sweep.total} points so far."))
+    if (done := len(points) + len(stops)) < sweep.total:
+        ended, words = stopped(params, job)
+        return result(ended, f"{words} after {done} of {sweep.total} points, which are shown.")
+    return result("finished", f"All {sweep.total} points are there.")
+
+
+def predict_paths(params: SweepParams) -> tuple[Path, ...]:
+    """Where both models lie on the axis of intensity at every length; needs no torch."""
+    return tuple(
+        Path(
+            name,
+            label,
+            np.array(params.lengths),
+            np.array(
+                [
+                    _flash_cost.flops(params, length) / _flash_cost.moved_bytes(params, name, length)
+                    for length in params.lengths
+                ]
+            ),
+        )
+        for name, label in _flash_cost.LABELS.items()
+    )
+
+
+def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
+    model, evidence = _flash_cost.model_of(found.backend.name), found.evidence
+    flops = _flash_cost.flops(params, found.length)
+    moved = _flash_cost.moved_bytes(params, model, found.length)
+    intensity = flops / moved
+    return Point(
+        backend=found.backend.name,
+        label=found.backend.label,
+        model=model,
+        length=found.length,
+        batch=params.batch_at(found.length),
+        flops=flops,
+        moved_bytes=moved,
+        intensity=intensity,
+        flops_per_second=flops / evidence.median_ms * 1e3,
+        low=flops / evidence.high_ms * 1e3,
+        high=flops / evidence.low_ms * 1e3,
+        roof=min(peaks.flops, intensity * peaks.bandwidth),
+    )
+
+
+def _memory_words(on_gpu: bool) -> str:
+    rows, columns = _flash_cost.TILE
+    tiles = f"flash attention's with tiles of {rows} × {columns}"
+    if on_gpu:
+        return f"Bytes to and from the GPU's memory (HBM), by the algorithms' own count, {tiles}; caches are left out."
+    return (
+        f"Bytes to and from main memory, by the algorithms' own count, {tiles}; a processor's caches, which are left "
+        "out, hold short sequences whole, so that points can lie above the slope."
+    )
+
+
+def _describe(peaks: Peaks, points: tuple[Point, ...]) -> str:
+    """Where the roofs meet, and on which side of that the two models' longest points lie."""
+    roof = f"This device turns from memory-bound to compute-bound at {peaks.ridge:.3g} FLOP a byte."
+    if not points:
+        return roof
+    longest = max(point.length for point in points)
+    said = [roof]
+    for model, label in _flash_cost.LABELS.items():
+        of_model = [point for point in points if point.model == model]
+        if not of_model:
+            continue
+        length = max(point.length for point in of_model)
+        best = max((point for point in of_model if point.length == length), key=lambda point: point.flops_per_second)
+        side, other = ("memory", "arithmetic") if best.intensity < peaks.ridge else ("arithmetic", "memory")
+        said.append(
+            f"At {length:,} tokens {label} does {best.intensity:.3g} FLOP for every byte that it is counted to move, "
+            f"where {side} and not {other} is the limit; {best.label} reaches {_reached(best, peaks)}."
+        )
+    if longest > min(point.length for point in points):
+        said.append("With longer sequences flash attention moves right, standard attention hardly does.")
+    return " ".join(said)
+
+
+def _reached(point: Point, peaks: Peaks) -> str:
+    share = f"{point.flops_per_second / point.roof:.0%} of it"
+    if point.low <= point.roof:
+        return share
+    if point.roof < peaks.flops:
+        return f"{share}, as caches serve what is counted as memory"
+    return f"{share}: the product that stands for the limit was slower than it can be, so measure again"

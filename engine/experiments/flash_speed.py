@@ -1,0 +1,247 @@
+"""Attention's time and memory against sequence length, backend by backend, measured live.
+
+Legend: B batch, H heads, T tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.experiments import _flash_cost
+from engine.experiments._ending import Ending, stopped
+from engine.experiments._flash import Peaks, Stop, SweepParams, bytes_in_words
+from engine.experiments._flash_cost import Predicted, predict
+
+if TYPE_CHECKING:
+    from engine.experiments._flash_sweep import Measured
+    from engine.runtime.jobs import Job
+
+_ABOVE = 1.05
+"""A share of the peak that noise does not explain."""
+
+
+class Params(SweepParams):
+    """A shape, lengths, and who computes."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One backend at one length.
+
+    Args:
+        backend, label: which, and what it is called.
+        length: T.
+        batch: B at this length.
+        median_ms, low_ms, high_ms: of the timed runs: median, 10th and 90th percentile.
+        runs: how many were timed.
+        peak_bytes: that a run allocates at its peak beyond its inputs, measured. For gradients that is forward and
+            backward together, as the forward pass keeps what the backward pass reads.
+        predicted_bytes: the same, predicted.
+        predicted_ms: no faster than this by the device's peaks: the longer of computing and moving bytes.
+        tflops: 10¹² FLOP/s reached, where only pairs that the mask lets through count.
+        peak_share: of the measured speed of a large product, from 0 to 1 and a little above at most.
+    """
+
+    backend: str
+    label: str
+    length: int
+    batch: int
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+    peak_bytes: int
+    predicted_bytes: int
+    predicted_ms: float
+    tflops: float
+    peak_share: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The points so far.
+
+    Args:
+        points: in the order in which they were measured: by length, then backend.
+        stops: where lines end before the longest sequence, and why.
+        absent: backends that were asked for and do not exist here, by label, with the reason in a sentence.
+        predicted: one line for standard attention and one for flash.
+        total: points that there are to be, stops included.
+        peaks: of the device.
+        free_bytes: memory of the device that was free at the start.
+        on_gpu: whether it ran on one.
+        evidence: how it was measured, a line each.
+        ended, ending: whether all points are there, and why not.
+        sentence: what the points show.
+        device: its name.
+        versions: of what took part.
+    """
+
+    points: tuple[Point, ...]
+    stops: tuple[Stop, ...]
+    absent: dict[str, str]
+    predicted: tuple[Predicted, ...]
+    total: int
+    peaks: Peaks
+    free_bytes: int
+    on_gpu: bool
+    evidence: tuple[str, ...]
+    ended: Ending
+    ending: str
+    sentence: str
+    device: str
+    versions: dict[str, str]
+
+
+def run(params: Params, job: Job) -> Result:
+    """Measure every backend at the shortest length, then at the next, until the longest, or a cancellation.
+
+    Raises:
+        DoesNotFitError: the longest sequence would not fit even without the T × T matrix.
+    """
+    from engine import memory
+    from engine.experiments._flash_sweep import Measured, Sweep, describe, measure_peaks
+    from engine.measure import device_name, versions
+
+    free = memory.free(job.device)
+    _flash_cost.check_fits(params, free)
+    where, software = device_name(job.device), versions()
+    peaks = measure_peaks(job.device, params.dtype)
+    sweep = Sweep(params, job, peaks, weigh=True)
+    predicted = predict(params, peaks)
+    on_gpu = job.device.startswith("cuda")
+    points: list[Point] = []
+    stops: list[Stop] = []
+    last = ""
+
+    def result(ended: Ending, ending: str) -> Result:
+        return Result(
+            points=tuple(points),
+            stops=tuple(stops),
+            absent=sweep.absent,
+            predicted=predicted,
+            total=sweep.total,
+            peaks=peaks,
+            free_bytes=free,
+            on_gpu=on_gpu,
+            evidence=(*((f"last point: {last}",) if last else ()), *peaks.evidence, _how_weighed(on_gpu)),
+            ended=ended,
+            ending=ending,
+            sentence=describe_points(tuple(points), tuple(stops)),
+            device=where,
+            versions=software,
+        )
+
+    job.report(0, sweep.total)
+    for found in sweep:
+        if isinstance(found, Measured):
+            points.append(_point(params, found, peaks))
+            last = f"{found.backend.label}, {describe(found.evidence)}"
+            numbers = {"tokens": found.length, "ms": found.evidence.median_ms}
+        else:
+            stops.append(found)
+            numbers = {"tokens": found.length}
+        done = len(points) + len(stops)
+        job.report(done, sweep.total, **numbers)
+        job.show(lambda: result("running", f"{len(points) + len(stops)} of {sweep.total} points so far."))
+    if (done := len(points) + len(stops)) < sweep.total:
+        ended, words = stopped(params, job)
+        return result(ended, f"{words} after {done} of {sweep.total} points, which are shown.")
+    return result("finished", f"All {sweep.total} points are there.")
+
+
+def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
+    name, length, evidence = found.backend.name, found.length, found.evidence
+    speed = _flash_cost.flops(params, length) / evidence.median_ms * 1e3
+    return Point(
+        backend=name,
+        label=found.backend.label,
+        length=length,
+        batch=params.batch_at(length),
+        median_ms=evidence.median_ms,
+        low_ms=evidence.low_ms,
+        high_ms=evidence.high_ms,
+        runs=evidence.runs,
+        peak_bytes=found.peak_bytes,
+        predicted_bytes=_flash_cost.held_bytes(params, name, length),
+        predicted_ms=_flash_cost.least_ms(params, _flash_cost.model_of(name), length, peaks),
+        tflops=speed / 1e12,
+        peak_share=speed / peaks.flops,
+    )
+
+
+def _how_weighed(on_gpu: bool) -> str:
+    how = (
+        "the peak of PyTorch's CUDA allocator"
+        if on_gpu
+        else "the highest running sum of the allocations that PyTorch's profiler saw"
+    )
+    return f"memory: {how} in one run, inputs not counted"
+
+
+def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...]) -> str:
+    """The fastest backend beside standard attention at the longest length that both reached, and why lines end."""
+    ends = _ends(stops)
+    by_length: dict[int, dict[str, Point]] = {}
+    for point in points:
+        by_length.setdefault(point.length, {})[point.backend] = point
+    compared = [length for length, row in by_length.items() if "standard" in row and len(row) > 1]
+    if not compared:
+        return " ".join(filter(None, (_alone(points), ends)))
+    longest = max(compared)
+    row = by_length[longest]
+    standard = row["standard"]
+    best = min((point for name, point in row.items() if name != "standard"), key=lambda point: point.median_ms)
+    said = (
+        f"At {longest:,} tokens {best.label} takes {best.median_ms:.3g} ms, standard attention {standard.median_ms:.3g}"
+    )
+    if _overlap(best, standard):
+        said += ": their spreads overlap, so these runs show no difference"
+    else:
+        slower, faster = sorted((best, standard), key=lambda point: -point.median_ms)
+        said += (
+            f", {'which is' if slower is standard else 'and that is'} {slower.median_ms / faster.median_ms:.1f} times "
+        )
+        said += "as long" if slower is standard else "faster"
+    said += "."
+    return " ".join(filter(None, (said, _memory_words(by_length, longest, best), ends)))
+
+
+def _memory_words(by_length: dict[int, dict[str, Point]], longest: int, best: Point) -> str:
+    """How both grow with the length, by measurement."""
+    standard = by_length[longest]["standard"]
+    if not best.peak_bytes or not standard.peak_bytes:
+        return ""
+    said = (
+        f"Beyond its inputs it holds {bytes_in_words(best.peak_bytes)}, standard attention "
+        f"{bytes_in_words(standard.peak_bytes)}, {standard.peak_bytes / best.peak_bytes:.3g} times as much"
+    )
+    before = by_length.get(longest // 2, {})
+    if "standard" in before and best.backend in before and before[best.backend].peak_bytes:
+        grown = standard.peak_bytes / before["standard"].peak_bytes
+        said += (
+            f"; from {longest // 2:,} to {longest:,} tokens that grew {grown:.1f}-fold, and its own "
+            f"{best.peak_bytes / before[best.backend].peak_bytes:.1f}-fold"
+        )
+    return f"{said}."
+
+
+def _alone(points: tuple[Point, ...]) -> str:
+    """Without standard attention to compare with: the fastest at the longest length."""
+    if not points:
+        return ""
+    longest = max(point.length for point in points)
+    best = min((point for point in points if point.length == longest), key=lambda point: point.median_ms)
+    said = f"At {longest:,} tokens {best.label} takes {best.median_ms:.3g} ms: {best.tflops:.3g} TFLOP/s, "
+    if best.peak_share > _ABOVE:
+        return f"{said}more than the large product reached here, which other work must have held up."
+    return f"{said}{best.peak_share:.0%} of what a large product reaches here."
+
+
+def _ends(stops: tuple[Stop, ...]) -> str:
+    return " ".join(f"{stop.label}: {stop.reason}" for stop in stops if stop.kind != "cannot")
+
+
+def _overlap(one: Point, other: Point) -> bool:
+    return one.low_ms <= other.high_ms and other.low_ms <= one.high_ms
