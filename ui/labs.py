@@ -113,4 +113,18 @@ MEMORY = Lab(
     ),
 )
 
-LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY)
+FLASH = Lab(
+    url_path="flash",
+    title="FlashAttention",
+    question="The same numbers, without the matrix: what does that save?",
+    icon=":material/bolt:",
+    script="app_pages/flash.py",
+    starts=(
+        Start("See the matrix outgrow the memory"),
+        Start("Step through the tiles", {"view": "Tiles"}),
+        Start("Overflow a softmax in 16 bits", {"view": "Online softmax", "softmax_factor": "8"}),
+        Start("Read a long cache with one query", {"view": "Decode"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY, FLASH)

@@ -9,13 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from engine.flash.backends import BACKENDS
-from engine.flash.split import split_attention
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.experiments.flash_decode import Params
 
 _QUERY_SIZE = 3.0
@@ -33,6 +29,11 @@ class Way:
 
 def list_ways(params: Params, device: str) -> tuple[list[Way], dict[str, str]]:
     """What can read the cache here, our own last, and why the rest cannot."""
+    import torch
+
+    from engine.flash.backends import BACKENDS
+    from engine.flash.split import split_attention
+
     ways, absent = [], {}
     grouped = params.heads != params.kv_heads
     for backend in (BACKENDS[name] for name in dict.fromkeys(params.backends)):
@@ -51,6 +52,8 @@ def list_ways(params: Params, device: str) -> tuple[list[Way], dict[str, str]]:
 
 def draw_cache(params: Params, length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Q (B, H, 1, d) and a cache K, V (B, G, T, d); queries are large, so that some tokens matter more than others."""
+    import torch
+
     generator = torch.Generator(device).manual_seed(params.seed)
     dtype = getattr(torch, params.dtype)
 

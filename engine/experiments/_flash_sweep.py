@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
-from engine import measure, memory
 from engine.errors import InputError
 from engine.experiments import _flash_cost
 from engine.experiments._flash import GB, Peaks, Stop, SweepParams
-from engine.flash.backends import BACKENDS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.flash.backends import Backend
     from engine.measure import Evidence
     from engine.runtime.jobs import Job
@@ -60,6 +58,10 @@ class Sweep:
     """
 
     def __init__(self, params: SweepParams, job: Job, peaks: Peaks, *, weigh: bool) -> None:
+        import torch
+
+        from engine.flash.backends import BACKENDS
+
         self._params, self._job, self._peaks, self._weigh = params, job, peaks, weigh
         self._dtype = getattr(torch, params.dtype)
         chosen = [BACKENDS[name] for name in dict.fromkeys(params.backends)]
@@ -96,13 +98,17 @@ class Sweep:
         return attempt(lambda: self._measure(backend, length), backend.name, backend.label, length, self._job.device)
 
     def _measure(self, backend: Backend, length: int) -> Measured:
+        import torch
+
+        from engine import measure
+
         params, device = self._params, self._job.device
         batch = params.batch_at(length)
         shape = (batch, params.heads, length, params.head_dim)
         inputs = [torch.randn(shape, device=device).to(self._dtype).requires_grad_(params.grad) for _ in range(3)]
         upstream = torch.randn(shape, device=device).to(self._dtype) if params.grad else None
 
-        def forward() -> torch.Tensor:
+        def forward() -> Tensor:
             return backend.run(*inputs, params.causal, None)
 
         def both() -> object:
@@ -135,6 +141,8 @@ class Sweep:
         return backend.why_not(self._job.device, self._dtype, *shape)
 
     def _too_much(self, backend: Backend, length: int) -> Stop | None:
+        from engine import memory
+
         held = _flash_cost.held_bytes(self._params, backend.name, length)
         needed = _flash_cost.input_bytes(self._params, length) + round(_MARGIN * held) + _WORKSPACE
         free = memory.free(self._job.device)
@@ -164,6 +172,8 @@ def attempt(function: Callable[[], Measured], name: str, label: str, length: int
     Raises:
         RuntimeError: it has spoiled the GPU for this process, so that nothing can go on.
     """
+    import torch
+
     try:
         return function()
     except torch.cuda.OutOfMemoryError:
@@ -182,6 +192,10 @@ def attempt(function: Callable[[], Measured], name: str, label: str, length: int
 
 def measure_peaks(device: str, dtype: str) -> Peaks:
     """Both ceilings of the device, as plain numbers."""
+    import torch
+
+    from engine import measure
+
     found = measure.ceilings(device, getattr(torch, dtype))
     evidence = (describe(found.product), describe(found.copy))
     return Peaks(found.flops, found.bandwidth, evidence)

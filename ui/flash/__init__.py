@@ -1,0 +1,1 @@
+"""The pieces of the FlashAttention lab's page."""
