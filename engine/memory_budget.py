@@ -246,6 +246,20 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     return on_card, paged
 
 
+def building_bytes(plan: Plan) -> int:
+    """The most that is held while the model is built and given its adapters, before the first step.
+
+    Weights in few bits are made a block at a time, (2·D·(H + G)·d + 3·D·F)·w bytes that are quantized before the next
+    block is made, and a quantized head, V·D·w, after them. A tied head has as many of its own until it is tied.
+    Adapters come when all that is gone.
+    """
+    config = plan.config
+    block = sum(inputs * outputs for inputs, outputs in config.projections.values())
+    has_own = plan.head_is_quantized or config.tie_embeddings
+    passing = plan.width * max(block * plan.is_quantized, config.vocab_size * config.d_model * has_own)
+    return sum(weight_bytes(plan)) + max(passing, _adapters(plan)["adapters"])
+
+
 def kv_cache_bytes(plan: Plan) -> int:
     """2·L·N·G·d·w: keys and values of every token in every block."""
     config = plan.config

@@ -51,21 +51,26 @@ class MeasuredStep:
 def build(plan: Plan, device: str, seed: int = 0) -> tuple[Decoder, torch.optim.Optimizer]:
     """A random model of the plan's shape, ready to train, and the optimizer of what is trained.
 
+    It takes `engine.memory_budget.building_bytes`.
+
     Args:
         plan: to train by.
         device: torch device.
         seed: of the weights.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the model does not fit.
     """
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if plan.width == 4 else torch.bfloat16)
     try:
-        with torch.device(device):
+        with torch.device("meta" if plan.is_quantized else device):
             model = Decoder(plan.config).train()
     finally:
         torch.set_default_dtype(before)
     if plan.is_quantized:
-        model = _quantized(plan, model)
+        _fill_in_few_bits(plan, model, device)
     if plan.method == "LoRA":
         inject_lora(model, plan.rank, targets=plan.targets, adapter_dtype=torch.float32)
     model.gradient_checkpointing = plan.checkpointing
@@ -112,13 +117,26 @@ def measure_step(plan: Plan, model: Decoder, optimizer: torch.optim.Optimizer, d
     return MeasuredStep(peak, weights, on_card, paged, gradients, saved, loss)
 
 
-def _quantized(plan: Plan, model: Decoder) -> Decoder:
-    """A copy in the plan's format, but for a head that the plan leaves in 16 bits."""
-    four_bit = plan.weights != "int8"
-    few_bits = quantize_model_4bit(model, "nf4", plan.weights != "nf4") if four_bit else quantize_model_8bit(model)
-    if not plan.head_is_quantized and not plan.config.tie_embeddings:
-        few_bits.lm_head = model.lm_head
-    return few_bits
+def _fill_in_few_bits(plan: Plan, model: Decoder, device: str) -> None:
+    """Give a model without memory its weights, block by block, each quantized before the next one is made."""
+
+    def quantized(part: nn.Module) -> nn.Module:
+        part.to_empty(device=device)
+        model.reset_parameters()  # on the meta device it draws nothing: of all the model this part alone has memory
+        four_bit = plan.weights != "int8"
+        return quantize_model_4bit(part, "nf4", plan.weights != "nf4") if four_bit else quantize_model_8bit(part)
+
+    parts = [f"layers.{index}" for index in range(plan.config.num_layers)] + ["lm_head"] * plan.head_is_quantized
+    finished = {}
+    for name in parts:
+        finished[name] = quantized(model.get_submodule(name))
+        model.set_submodule(name, nn.Identity())
+    model.to_empty(device=device)
+    if plan.config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.reset_parameters()
+    for name, part in finished.items():
+        model.set_submodule(name, part)
 
 
 def _optimizer(plan: Plan, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

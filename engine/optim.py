@@ -7,12 +7,13 @@ to the GPU page by page while a step uses them, so that a model fits whose weigh
     simulate_training_step(model, torch.optim.AdamW(model.parameters()))  # raises torch.cuda.OutOfMemoryError
     simulate_training_step(model, PagedAdamW(model.parameters()))         # completes
 
-Legend: B batch, D width, L layers; a model has L·D² weights.
+Legend: B batch, D width, L layers; the model has L·D² weights.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterable
 from functools import cache
@@ -28,10 +29,15 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 _logger = logging.getLogger(__name__)
 
-_WIDTH = 2048
 _BUDGET = 3 * 2**30
+_LEAST_BUDGET = 512 * 2**20
+"""Of which 40 % hold what is not weights or gradients: activations, and cuBLAS' 64 MiB."""
+
 _WEIGHTS_SHARE = 0.3
 """Of the budget. With gradients 0.6 is used; AdamW's state would make it 1.2."""
+
+_LEAST_LAYERS = 16
+"""Rounding down to whole layers then leaves 16/17 of the weights at least: 4 · 0.3 · 16/17 of the budget is 1.13."""
 
 _SMALL_BATCH, _LARGE_BATCH = 8, 256
 _CPU_SHAPE = (64, 2)
@@ -70,37 +76,79 @@ def PagedAdamW(
     return torch.optim.AdamW(given, **options)
 
 
-def create_large_test_model() -> nn.Module:
+class LargeTestModel(nn.Sequential):
+    """A stack of L linear layers without bias, (B, D) → (B, D).
+
+    Args:
+        width: D.
+        layers: L.
+        device: of the weights.
+        budget: bytes that the model was sized to; 0 where nothing limits it.
+        limit: what the budget is, in words; empty likewise.
+    """
+
+    def __init__(self, width: int, layers: int, device: torch.device, budget: int = 0, limit: str = "") -> None:
+        super().__init__(*(nn.Linear(width, width, bias=False, device=device) for _ in range(layers)))
+        self.budget, self.limit = budget, limit
+
+
+def create_large_test_model(budget: int = _BUDGET) -> LargeTestModel:
     """A stack of linear layers that leaves no room for AdamW's state on the GPU, (B, D) → (B, D).
 
-    On CUDA it sets the caching allocator's limit to what is in use and 3 GiB more (half of what is free or the limit
-    that there is, where that is less), and fills 30 % of them with float32 weights: with gradients 60 %, with AdamW's
-    state 120 %. The state that `PagedAdamW` keeps instead is as large as 60 %, which the card has free outside of the
-    limit. The limit that was there before comes back when the model is gone. Without CUDA it is a small model, and
-    nothing runs out.
+    On CUDA it sets the caching allocator's limit to what is in use and `budget` more (half of what is free or the
+    limit that there is, where that is less), and fills 30 % of that with whole layers of float32 weights: with
+    gradients up to 60 %, with AdamW's state 112 to 120 %. The state that `PagedAdamW` keeps instead is as
+    large as 60 %, which the card has free outside of the limit. The limit that was there before comes back when the
+    model is gone. Without CUDA it is a small model, and nothing runs out, whatever the budget.
+
+    Args:
+        budget: bytes for weights, gradients, activations and state.
 
     Returns:
-        The model on CUDA if there is one, else on the CPU.
+        The model on CUDA if there is one, else on the CPU; it says which budget it got, and what that is.
 
     Raises:
-        DoesNotFitError: the GPU has less than 112 MiB free, or the limit leaves less than 56.
+        DoesNotFitError: on CUDA, fewer than 512 MiB: the budget, half of what is free, or what the limit leaves.
     """
     if not torch.cuda.is_available():
-        return _stack(*_CPU_SHAPE, "cpu")
+        return LargeTestModel(*_CPU_SHAPE, torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     total, used = memory.total(str(device)), torch.cuda.memory_reserved(device)
     before = torch.cuda.get_per_process_memory_fraction(device)
-    budget = min(_BUDGET, memory.free(str(device)) // 2, int(before * total) - used)
-    layers = int(_WEIGHTS_SHARE * budget) // (4 * _WIDTH**2)
-    if layers < 1:
-        raise DoesNotFitError(
-            f"{device} has {budget / 2**20:.0f} MiB for the test, which needs 56: end what else runs."
-        )
-    torch.cuda.set_per_process_memory_fraction((used + budget) / total, device)
-    model = _stack(_WIDTH, layers, device)
+    limits = {
+        "the budget": budget,
+        f"half of what {device} has free": memory.free(str(device)) // 2,
+        "what the limit of PyTorch's allocator leaves": int(before * total) - used,
+    }
+    limit, given = min(limits.items(), key=lambda item: item[1])
+    width, layers = large_test_shape(given, limit)
+    torch.cuda.set_per_process_memory_fraction((used + given) / total, device)
+    model = LargeTestModel(width, layers, device, given, limit)
     weakref.finalize(model, torch.cuda.set_per_process_memory_fraction, before, device).atexit = False
     return model
+
+
+def large_test_shape(budget: int, limit: str = "the budget") -> tuple[int, int]:
+    """D and L of float32 weights that take 30 % of `budget`, rounded down to whole layers.
+
+    D is the largest power of two for which there are 16 layers or more.
+
+    Args:
+        budget: bytes.
+        limit: what that is, for the message.
+
+    Raises:
+        DoesNotFitError: fewer than 512 MiB.
+    """
+    if budget < _LEAST_BUDGET:
+        raise DoesNotFitError(
+            f"The test model needs {_LEAST_BUDGET / 2**20:.0f} MiB, and {limit} is {max(budget, 0) / 2**20:.0f}: "
+            f"{'give more' if limit == 'the budget' else 'end what else uses the GPU'}."
+        )
+    weights = int(_WEIGHTS_SHARE * budget) // 4  # L·D² at most
+    width = 2 ** int(math.log2(weights / _LEAST_LAYERS) / 2)
+    return width, weights // width**2
 
 
 def simulate_training_step(model: nn.Module, optimizer: torch.optim.Optimizer, large_batch: bool = False) -> float:
@@ -139,10 +187,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -
     loss.backward()
     optimizer.step()
     return loss.item()
-
-
-def _stack(width: int, layers: int, device: torch.device | str) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(layers)))
 
 
 def _listed(entry: Tensor | dict[str, Any]) -> Tensor | dict[str, Any]:

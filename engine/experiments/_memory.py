@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from engine.architecture import ModelConfig
 from engine.experiments import ExperimentParams, _lora
-from engine.memory_budget import GB, MOST, PARTS, budget
+from engine.memory_budget import GB, MOST, PARTS, budget, optimizer_bytes
 from engine.training_plan import Method, Optimizer, Plan, Weights
 
-__all__ = ["GB", "MOST", "PARTS", "SHAPES", "Weights", "budget"]
+__all__ = ["GB", "MOST", "PARTS", "SHAPES", "Plan", "Weights", "budget"]
 """What pages take from here, the arithmetic's own names among them."""
 
 ShapeName = Literal["storyteller", "SmolLM2-135M", "1.1 B, Llama-shaped", "Llama 7B", "Llama 3 70B"]
@@ -109,6 +110,60 @@ def describe(plan: Plan) -> str:
     return ", ".join(words + ["checkpointing"] * plan.checkpointing)
 
 
+def differences(plan: Plan, other: Plan) -> list[str]:
+    """In which of the settings of this lab two plans differ, in the order in which they weigh.
+
+    The rank and the matrices of adapters count where both have some, and the head where weights are in few bits.
+    """
+    both_adapt = plan.method == other.method == "LoRA"
+    found = {
+        "what is trained": plan.method != other.method,
+        "format of the weights": plan.weights != other.weights,
+        "checkpointing": plan.checkpointing != other.checkpointing,
+        "shape": _dimensions(plan) != _dimensions(other),
+        "optimizer": plan.optimizer != other.optimizer,
+        "rank": both_adapt and plan.rank != other.rank,
+        "adapted matrices": both_adapt and set(plan.targets) != set(other.targets),
+        "batch": plan.batch != other.batch,
+        "length": plan.length != other.length,
+        "head in few bits": plan.head_is_quantized != other.head_is_quantized,
+    }
+    return [name for name, differs in found.items() if differs]
+
+
+def _dimensions(plan: Plan) -> tuple[object, ...]:
+    config = plan.config
+    return tuple(config.projections.items()), config.num_layers, config.vocab_size, config.tie_embeddings
+
+
+@dataclass(frozen=True)
+class BytesEach:
+    """What full fine-tuning keeps throughout, in bytes for each of the model's parameters.
+
+    Args:
+        weight, gradient: of each.
+        state: of the optimizer, on the card.
+        paged: of the optimizer, not on the card.
+    """
+
+    weight: float
+    gradient: float
+    state: float
+    paged: float
+
+    @property
+    def total(self) -> float:
+        """Wherever it is."""
+        return self.weight + self.gradient + self.state + self.paged
+
+
+def bytes_each(plan: Plan) -> BytesEach:
+    """Those of `plan`, which trains everything."""
+    on_card, paged = optimizer_bytes(plan)
+    count = plan.config.num_parameters
+    return BytesEach(plan.width, plan.width, on_card / count, paged / count)
+
+
 _RECORDED = Path(__file__).parents[1] / "recorded" / "memory_prediction_h200.json"
 
 
@@ -118,17 +173,14 @@ class RecordedRow:
 
     Args:
         row: what it is called.
-        batch, length: of the data.
+        plan: what was trained, and how.
         predicted, measured: peak in bytes.
-        when: at which moment the peak was predicted.
     """
 
     row: str
-    batch: int
-    length: int
+    plan: Plan
     predicted: int
     measured: int
-    when: str
 
     @property
     def error(self) -> float:
@@ -143,14 +195,12 @@ class Recorded:
     Args:
         rows: every plan that was measured.
         paged: the paged optimizer's run as `memory_paged.Result` says it, as plain values; None if it failed.
-        parameters: of the model.
         provenance: where, when and with what, in a few words.
         quantizes_head: whether a head was in few bits where the other matrices were.
     """
 
     rows: tuple[RecordedRow, ...]
     paged: dict[str, Any] | None
-    parameters: int
     provenance: str
     quantizes_head: bool
 
@@ -165,23 +215,20 @@ def read(path: Path) -> Recorded:
     """A file that tests/benchmarks/memory_prediction.py has written; rows that failed are left out."""
     log = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {log['versions'][name]}" for name in ("torch", "bitsandbytes"))
+    config = ModelConfig(**{name: log["model"][name] for name in ModelConfig.model_fields})
     rows = tuple(
-        RecordedRow(
-            entry["row"],
-            entry["batch"],
-            entry["length"],
-            entry["predicted"]["peak"],
-            entry["measured"]["peak"],
-            entry["predicted"]["when"],
-        )
+        RecordedRow(entry["row"], _plan(config, entry["plan"]), entry["predicted"]["peak"], entry["measured"]["peak"])
         for entry in log["rows"]
         if "error" not in entry
     )
-    plans = [entry["plan"] for entry in log["rows"] if "plan" in entry]
     return Recorded(
         rows,
         None if "error" in log["paged"] else log["paged"],
-        log["model"]["parameters"],
         f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {log['recorded']}, {versions}",
-        any(plan.get("quantizes_head", True) for plan in plans),  # plans that do not say so are of before it was one
+        any(row.plan.head_is_quantized for row in rows),
     )
+
+
+def _plan(config: ModelConfig, fields: dict[str, Any]) -> Plan:
+    """A plan from a file; one that does not say whether it quantizes the head is of before that was a choice."""
+    return Plan(config, **{"quantizes_head": True, **fields, "targets": tuple(fields["targets"])})

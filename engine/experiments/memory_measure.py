@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from engine.errors import DoesNotFitError
 from engine.experiments import Lane
 from engine.experiments._memory import PlanParams, describe
-from engine.memory_budget import GB, budget, optimizer_bytes, weight_bytes
+from engine.memory_budget import GB, budget, building_bytes, optimizer_bytes, weight_bytes
 
 if TYPE_CHECKING:
     from engine.memory_measurement import MeasuredStep
@@ -30,8 +30,9 @@ class Params(PlanParams):
     cacheable: ClassVar[bool] = False
 
     def memory_bytes(self) -> int:
-        """The prediction itself, with a margin."""
-        return round(_MARGIN * budget(self.plan()).peak.total)
+        """What is predicted of a step or, if that is more, of building the model, with a margin."""
+        plan = self.plan()
+        return round(_MARGIN * max(budget(plan).peak.total, building_bytes(plan)))
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,18 @@ def run(params: Params, job: Job) -> Result:
     job.report(0, 2)
     try:
         model, optimizer = build(plan, job.device)
-        job.report(1, 2)
+    except torch.cuda.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"The GPU ran out of memory while the model was built, for which {building_bytes(plan) / GB:.1f} GB were "
+            "predicted: no batch is in it yet, choose a smaller shape, or end what else runs on the GPU."
+        ) from error
+    job.report(1, 2)
+    try:
         found = measure_step(plan, model, optimizer, job.device)
     except torch.cuda.OutOfMemoryError as error:
-        predicted = budget(plan).peak.total / GB
         raise DoesNotFitError(
-            f"The GPU ran out of memory; {predicted:.1f} GB were predicted: choose a smaller batch or length."
+            f"The GPU ran out of memory in a training step, for which {budget(plan).peak.total / GB:.1f} GB were "
+            "predicted: choose a smaller shape, batch or length."
         ) from error
     job.report(2, 2)
     rows = _compare(plan, found)

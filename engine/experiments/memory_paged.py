@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from engine.experiments import ExperimentParams, Lane
+from engine.memory_budget import GB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from engine.optim import LargeTestModel
     from engine.runtime.jobs import Job
 
 _STEPS = 3
@@ -30,6 +32,14 @@ class Params(ExperimentParams):
     time_limit: ClassVar[float] = 120.0
     cacheable: ClassVar[bool] = False
 
+    budget: int = Field(
+        24,
+        ge=1,
+        le=141,
+        title="Budget",
+        description="GB of 10⁹ bytes for weights, gradients, activations and state; half of what the GPU has free, "
+        "where that is less.",
+    )
     large_batch: bool = Field(False, title="Large batch", description="256 samples a step instead of 8.")
 
 
@@ -63,7 +73,8 @@ class Result:
     Args:
         attempts: in that order.
         weight_bytes: of the model; its gradients take as much, AdamW's state twice as much.
-        limit_bytes: that the allocator may hold; 0 on the CPU, where nothing is limited.
+        budget_bytes: that the run allowed itself beside what its process held; 0 on the CPU, where nothing is limited.
+        limit_bytes: that the allocator may hold, both together; 0 likewise.
         device: its name.
         versions: of the libraries.
         sentence: what happened, in words.
@@ -71,6 +82,7 @@ class Result:
 
     attempts: tuple[Attempt, ...]
     weight_bytes: int
+    budget_bytes: int
     limit_bytes: int
     device: str
     versions: dict[str, str]
@@ -91,7 +103,7 @@ def run(params: Params, job: Job) -> Result:
     from engine.optim import PagedAdamW, create_large_test_model
 
     with exclusive(job.device):
-        model = create_large_test_model()
+        model = create_large_test_model(params.budget * GB)
         weights = sum(parameter.nbytes for parameter in model.parameters())
         device = next(model.parameters()).device
         limit = 0
@@ -103,12 +115,14 @@ def run(params: Params, job: Job) -> Result:
             attempts.append(_attempt(optimizer, make, model, params.large_batch))
         job.report(len(_NAMES), len(_NAMES))
         name = device_name(str(device))
+        sentence = _sentence(attempts, weights, model, params.budget)
+        given = model.budget
         del model
         gc.collect()  # the allocator's limit goes with the model
         if limit:
             torch.cuda.empty_cache()
     software = versions() | {"bitsandbytes": importlib.metadata.version("bitsandbytes")}
-    return Result(tuple(attempts), weights, limit, name, software, _sentence(attempts, weights, limit))
+    return Result(tuple(attempts), weights, given, limit, name, software, sentence)
 
 
 def _attempt(name: str, make: Callable[..., torch.optim.Optimizer], model: nn.Module, large_batch: bool) -> Attempt:
@@ -134,17 +148,22 @@ def _attempt(name: str, make: Callable[..., torch.optim.Optimizer], model: nn.Mo
     return Attempt(name, not message, message, peak, paged, tuple(losses), time.perf_counter() - began)
 
 
-def _sentence(attempts: list[Attempt], weights: int, limit: int) -> str:
+def _sentence(attempts: list[Attempt], weights: int, model: LargeTestModel, asked: int) -> str:
     plain, paged = attempts
-    if not limit:
+    if not model.budget:
         return (
-            "Nothing runs out here: there is no GPU, so that the model is a small one, and paged AdamW is plain AdamW. "
-            f"Both took their {len(plain.losses)} steps."
+            f"Nothing runs out here, with {asked} GB or any budget: there is no GPU, so that the model is a small one, "
+            f"and paged AdamW is plain AdamW. Both took their {len(plain.losses)} steps."
         )
-    needed = f"Weights, gradients and AdamW's state need {4 * weights / 1e9:.2f} GB, {limit / 1e9:.2f} are allowed."
+    given = f"{model.budget / GB:.2f} are allowed"
+    if model.budget == asked * GB:
+        given += ", the budget"
+    else:
+        given += f", {model.limit}, which is less than the budget of {asked} GB"
+    needed = f"Weights, gradients and AdamW's state need {4 * weights / GB:.2f} GB; {given}."
     first = "Plain AdamW completed all the same" if plain.completed else "Plain AdamW ran out of memory"
     second = (
-        f"paged AdamW took its {len(paged.losses)} steps with {paged.paged_bytes / 1e9:.2f} GB of its state paged"
+        f"paged AdamW took its {len(paged.losses)} steps with {paged.paged_bytes / GB:.2f} GB of its state paged"
         if paged.completed
         else "paged AdamW ran out as well"
     )

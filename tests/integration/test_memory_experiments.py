@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
+from engine import memory_measurement
 from engine.errors import DoesNotFitError
 from engine.experiments import _memory, memory, memory_measure, memory_paged, memory_tests, parse
-from engine.memory_budget import GB, budget
+from engine.memory_budget import GB, budget, building_bytes
+from engine.optim import LargeTestModel
 from engine.runtime.jobs import LocalJob
 from tests.benchmarks import memory_prediction
 
@@ -98,6 +100,32 @@ class TestMeasure:
         params = memory_measure.Params(shape="Llama 3 70B")
         assert params.memory_bytes() > budget(params.plan()).peak.total
 
+    def test_it_asks_for_what_building_takes_where_that_is_more(self):
+        """One block before it is quantized can be more than what a step on a few tokens adds."""
+        params = memory_measure.Params(
+            shape="Llama 3 70B", weights="nf4", rank=1, batch=1, length=16, checkpointing=True
+        )
+        assert building_bytes(params.plan()) > budget(params.plan()).peak.total
+        assert params.memory_bytes() > building_bytes(params.plan())
+        assert building_bytes(params.plan()) < 45 * GB
+
+    @pytest.mark.parametrize(
+        ("fails", "said"),
+        [
+            ("build", "while the model was built, for which .* GB .*: no batch is in it yet, choose a smaller shape"),
+            ("measure_step", "in a training step, for which .* GB .*: choose a smaller shape, batch or length"),
+        ],
+    )
+    def test_running_out_is_told_by_when_it_happens(self, monkeypatch, fails, said):
+        """Running out is played: there may be no GPU here."""
+
+        def run_out(*_):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(memory_measurement, fails, run_out)
+        with pytest.raises(DoesNotFitError, match=said):
+            memory_measure.run(memory_measure.Params(**SMALL), LocalJob())
+
 
 @pytest.mark.parametrize(
     "values",
@@ -117,18 +145,45 @@ def test_every_property_holds(values):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it does run out")
+@pytest.mark.parametrize("budget", [8, 141])
 @pytest.mark.parametrize("large_batch", [False, True])
-def test_without_a_gpu_both_optimizers_complete_and_the_result_says_why(large_batch):
-    found = memory_paged.run(memory_paged.Params(large_batch=large_batch), LocalJob())
+def test_without_a_gpu_both_optimizers_complete_and_the_result_says_why(large_batch, budget):
+    found = memory_paged.run(memory_paged.Params(large_batch=large_batch, budget=budget), LocalJob())
     assert [attempt.completed for attempt in found.attempts] == [True, True]
-    assert (found.limit_bytes, found.attempts[1].paged_bytes) == (0, 0)
-    assert "Nothing runs out here" in found.sentence
+    assert (found.budget_bytes, found.limit_bytes, found.attempts[1].paged_bytes) == (0, 0, 0)
+    assert f"Nothing runs out here, with {budget} GB or any budget" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "said"),
+    [
+        (24 * GB, "the budget", "need 26.00 GB; 24.00 are allowed, the budget. Plain AdamW ran out"),
+        (
+            10 * GB,
+            "half of what cuda:0 has free",
+            "10.00 are allowed, half of what cuda:0 has free, which is less than",
+        ),
+    ],
+)
+def test_the_sentence_says_which_budget_it_was(given, limit, said):
+    """As a GPU would find it: the model that is told of has no weights here."""
+    model = LargeTestModel(1, 1, torch.device("cpu"), given, limit)
+    attempts = [
+        memory_paged.Attempt("AdamW", False, "out of memory", 1, 0, (), 1.0),
+        memory_paged.Attempt("paged AdamW", True, "", 1, 13 * GB, (1.0, 0.9, 0.8), 1.0),
+    ]
+    sentence = memory_paged._sentence(attempts, round(6.5 * GB), model, 24)
+    assert said in sentence
+    assert "paged AdamW took its 3 steps with 13.00 GB of its state paged." in sentence
 
 
 @pytest.mark.gpu
-def test_plain_runs_out_where_paged_completes_and_the_limit_is_lifted():
+@pytest.mark.parametrize("budget", [3, 24, 141])
+def test_plain_runs_out_where_paged_completes_and_the_limit_is_lifted(budget):
     before = torch.cuda.get_per_process_memory_fraction()
-    found = memory_paged.run(memory_paged.Params(), LocalJob("cuda:0"))
+    found = memory_paged.run(memory_paged.Params(budget=budget), LocalJob("cuda:0"))
+    assert 0 < found.budget_bytes <= budget * GB
+    assert (found.budget_bytes == budget * GB) == (", the budget." in found.sentence)
     plain, paged = found.attempts
     assert (plain.completed, paged.completed) == (False, True)
     assert "out of memory" in plain.message

@@ -1,13 +1,16 @@
 """The memory lab in Streamlit's own test harness, on the real runtime, with a small shape built."""
 
+import base64
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from engine.experiments import _lora, memory
+from engine.experiments import _lora, _memory, memory
 from tests.ui.lab_pages import finished, words
 from ui.labs import MEMORY
-from ui.memory import measured, paged, qlora_step
+from ui.memory import measured, paged, qlora_step, room
 from ui.memory.explore import VIEWS
 
 SMALL = {"batch": 1, "length": "128", "weights": "16 bits"}
@@ -102,6 +105,33 @@ def test_what_never_fits_has_no_line(lab):
     assert "Full fine-tuning" in drawn(finished(app), "memory_rooms")
 
 
+@pytest.mark.parametrize("shape", list(_memory.SHAPES))
+@pytest.mark.parametrize("card", [8, 24, 80, 141])
+@pytest.mark.parametrize("weights", ["nf4", "float32"])
+def test_what_is_said_of_the_room_is_so(shape, card, weights):
+    params = memory.Params(shape=shape, card=card, weights=weights)
+    found = memory.compute(params)
+    said = room.sentence(params, found)
+    beyond = [
+        batch
+        for way in found.rooms
+        for length, batch in zip(memory.LENGTHS, way.batches, strict=True)
+        if length > found.context
+    ]
+    assert ("right of it there is room" in said) == any(beyond)
+    drawn_at_all = any(any(way.batches) for way in found.rooms)
+    assert ("not one text would fit" in said) == (drawn_at_all and not any(beyond))
+    chosen = found.ways[found.chosen].name
+    plain, again = (
+        next(way.batches for way in found.rooms if way.name == chosen and way.checkpointing is on)
+        for on in (False, True)
+    )
+    assert (f"With {chosen}, at" in said) == any(again)
+    for index in [place for place, batch in enumerate(again) if batch][:2]:
+        one = f"it is {plain[index]:,}" if plain[index] else "not one fits"
+        assert f"t {memory.LENGTHS[index]:,} tokens{'' if index else ','} {one}, and {again[index]:,} with" in said
+
+
 def test_a_plan_is_built_and_weighed_when_asked_for(lab):
     app = lab(view="Measured", **SMALL)
     assert not app.get("progress")
@@ -141,7 +171,7 @@ def test_the_recorded_peaks_are_told_with_their_errors(lab):
 @pytest.mark.parametrize(
     ("settings", "plan", "size"),
     [
-        ({}, "QLoRA", "1 × 1,024"),
+        ({}, "QLoRA, head in 16 bits, AdamW, from the recording of its speed", "4 × 1,024"),
         ({"batch": "4"}, "QLoRA", "4 × 1,024"),
         ({"method": "full fine-tuning", "checkpointing": "true", "batch": "4"}, "full, checkpointing", "4 × 1,024"),
         ({"weights": "8 bits", "batch": "4", "length": "2,048"}, "LoRA, int8", "4 × 2,048"),
@@ -149,10 +179,70 @@ def test_the_recorded_peaks_are_told_with_their_errors(lab):
 )
 def test_the_recorded_plans_nearest_to_the_chosen_one_come_first(lab, settings, plan, size):
     shown = lab(view="Measured", **settings).dataframe[0].value
-    like = shown[shown["why"].str.contains("like your plan")]
-    assert len(like) == 3
-    assert plan in like["plan"].tolist()
-    assert size in like["batch × tokens"].tolist()
+    near = shown[shown["why"].str.contains("nearest to your plan, but for")]
+    assert len(near) == 3
+    assert plan in near["plan"].tolist()
+    assert size in near["batch × tokens"].tolist()
+
+
+def differing(query):
+    """What is said to differ in the rows nearest to a plan, by row."""
+    told = measured._telling(list(_memory.recorded().rows), memory.Params(**query))
+    return {row: why.partition("your plan, but for ")[2].split(", ") for row, why in told.items() if "your plan" in why}
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW 8-bit"])
+def test_qlora_as_the_page_plans_it_was_recorded_too(lab, optimizer):
+    """With the head in 16 bits, by the benchmark of speed: another script."""
+    app = lab(view="Measured", shape="1.1 B, Llama-shaped", batch="4", optimizer=optimizer)
+    (row,) = (row for _, row in app.dataframe[0].value.iterrows() if row["why"].endswith("your plan"))
+    assert row["plan"].startswith("QLoRA, head in 16 bits")
+    assert abs(float(row["error"].replace("−", "-").rstrip("\u00a0%"))) < 0.5
+
+
+def test_what_is_not_like_the_plan_is_named():
+    far = {"shape": "Llama 3 70B", "weights": "float32", "optimizer": "paged AdamW 8-bit", "rank": 128}
+    far |= {"targets": "query and value", "batch": 256, "length": 16}
+    for row, others in differing(far).items():
+        assert {"format of the weights", "shape", "rank", "adapted matrices", "batch", "length"} <= set(others)
+        assert ("optimizer" in others) == (row.plan.optimizer != far["optimizer"])
+    own = {"shape": "1.1 B, Llama-shaped", "weights": "bfloat16", "batch": 4, "length": 1024}
+    same = [row for row, others in differing(own).items() if others == [""]]
+    assert [(row.row, row.plan.batch, row.plan.length) for row in same] == [("LoRA", 4, 1024)]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW 8-bit"])
+def test_a_row_of_the_same_optimizer_is_nearer(optimizer):
+    """Full fine-tuning was recorded with both."""
+    query = {"shape": "1.1 B, Llama-shaped", "method": "full fine-tuning", "optimizer": optimizer}
+    assert {row.plan.optimizer for row in differing(query)} == {optimizer}
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({}, "8.00 bytes for each of the model's numbers here: 2 of the weight, 2 of its gradient, 4.00 of the means"),
+        (
+            {"weights": "32 bits"},
+            "16.00 bytes for each of the model's numbers here: 4 of the weight, 4 of its gradient",
+        ),
+        ({"optimizer": "AdamW 8-bit"}, "6.03 bytes for each of the model's numbers here"),
+        ({"optimizer": "paged AdamW"}, "12.00 bytes for each of the model's numbers here"),
+        ({"optimizer": "paged AdamW"}, "8.00 more of them paged"),
+    ],
+)
+def test_what_full_fine_tuning_keeps_is_of_the_chosen_plan(lab, query, said):
+    assert said in words(lab(**query))
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float32", "nf4"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW 8-bit", "paged AdamW", "paged AdamW 8-bit"])
+def test_bytes_each_are_those_of_the_update(weights, optimizer):
+    """The update holds weights, gradients, state on the card, and little else."""
+    params = memory.Params(method="full fine-tuning", weights=weights, optimizer=optimizer, batch=1, length=16)
+    each, made = _memory.bytes_each(params.plan()), _memory.budget(params.plan())
+    assert each.total - each.paged == pytest.approx(made.moments[-1].total / params.plan().config.num_parameters, 0.01)
+    assert each.paged == pytest.approx(made.paged / params.plan().config.num_parameters)
 
 
 def test_the_longest_texts_are_no_longer_than_the_model_reads(lab):
@@ -169,7 +259,19 @@ def test_the_paged_run_says_that_nothing_runs_out_without_a_gpu(lab):
     app = lab(view="Paged optimizer")
     app.button(key="_memory_paged_button").click()
     finished(app)
-    assert "Nothing runs out here" in words(app)
+    assert "Nothing runs out here, with 24 GB or any budget" in words(app)
+
+
+def test_the_paged_run_is_asked_for_the_card_of_the_slider(lab):
+    app = lab(view="Paged optimizer", card=10)
+    assert "allows itself the 10 GB of the card" in words(app)
+    assert "Without a GPU nothing runs out, whatever the card" in words(app)
+    app.slider(key="memory_card").set_value(16)
+    finished(app)
+    assert "allows itself the 16 GB of the card" in words(app)
+    app.button(key="_memory_paged_button").click()
+    finished(app)
+    assert app.session_state["_memory_paged_started"].budget == 16
 
 
 def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch):
@@ -183,7 +285,7 @@ def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch
         "limit_bytes": 3 * 10**9,
         "sentence": "Plain AdamW ran out of memory.",
     }
-    found = paged._memory.Recorded((), run, 10**9, "recorded on an H200", quantizes_head=False)
+    found = paged._memory.Recorded((), run, "recorded on an H200", quantizes_head=False)
     for view in (paged, measured):
         monkeypatch.setattr(view._memory, "recorded", lambda: found)
     app = lab(view="Paged optimizer")
@@ -191,6 +293,8 @@ def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch
     assert shapes[0]["x0"] == 3
     assert drawn(app, "memory_paged_recorded")["optimizer state"] == [2, 0]
     assert "Plain AdamW ran out of memory." in words(app)
+    texts = [note["text"] for note in spec(app, "memory_paged_recorded")["layout"]["annotations"]]
+    assert "PyTorch may hold: 3\u00a0GB" in texts
 
 
 def test_guesses_are_judged(lab):
@@ -234,15 +338,49 @@ class TestQLoRAsSpeed:
         assert "recorded on an H200" in said
         assert f"{cost[0].median_ms:.0f} against {cost[2].median_ms:.0f} ms" in said
 
-    def test_both_machines_are_told(self):
+    def test_the_target_is_told_and_how_far_every_machine_is_from_it(self, lab):
         found = _lora.recorded_steps("qlora")
-        said = qlora_step.reason(found)
+        said = words(lab(view="Speed"))
+        assert "at least 2.5 times as fast as PEFT's, eager against eager" in said
+        assert "In time it is missed" in said
+        assert "In memory it is reached" in said
         for run in (0, 1):
-            ours, peft = (
+            decoder, equal, peft = (
                 next(cost for cost in found.measured if cost.run == run and cost.way == way)
-                for way in ("ours, Decoder", "PEFT")
+                for way in ("ours, Decoder", "ours", "PEFT")
             )
-            assert f"{ours.median_ms:.0f} against {peft.median_ms:.0f} ms" in said
+            assert peft.median_ms < 2.5 * decoder.median_ms
+            assert f"{peft.median_ms / decoder.median_ms:.2f} times as long" in said
+            assert f"{peft.median_ms:.0f} against {decoder.median_ms:.0f} ms" in said
+            assert f"{peft.median_ms / equal.median_ms:.2f}" in said
+
+    @pytest.mark.parametrize(("faster", "said"), [(1.0, "missed"), (1.5, "missed"), (2.0, "reached")])
+    def test_the_target_is_judged_by_every_machine(self, faster, said):
+        """The slower ratio, 1.33, needs 1.88 times more."""
+        found = _lora.recorded_steps("qlora")
+        costs = [
+            dataclasses.replace(cost, median_ms=cost.median_ms / faster) if cost.way == "ours, Decoder" else cost
+            for cost in found.measured
+        ]
+        assert f"In time it is {said}" in qlora_step.target(dataclasses.replace(found, measured=tuple(costs)))
+
+    def test_the_losses_are_drawn_and_told_beside_pefts_own_spread(self, lab):
+        app = lab(view="Speed")
+        found = _lora.recorded_steps("qlora")
+        traces = spec(app, "memory_qlora_losses")["data"]
+        assert [trace["name"] for trace in traces] == [label for label, *_ in qlora_step.LOSSES.values()]
+        assert np.frombuffer(base64.b64decode(traces[0]["y"]["bdata"]))[-1] == found.losses["PEFT"][-1]
+        for run in ("ours", "ours, Decoder", "PEFT again"):
+            assert f"{found.loss_difference(run, 'PEFT'):.2f}" in words(app)
+            assert f"{found.loss_difference(run, 'PEFT', 8):.3f}" in words(app)
+        assert "ours on equal code is no further from PEFT than PEFT is from itself, ours in our Decoder is." in words(
+            app
+        )
+
+    def test_losses_that_were_not_compared_are_not_claimed(self, lab, monkeypatch):
+        found = dataclasses.replace(_lora.recorded_steps("qlora"), losses={})
+        monkeypatch.setattr(_lora, "recorded_steps", lambda of="lora": found)
+        assert "They were not compared." in words(lab(view="Speed"))
 
     def test_without_the_recording_it_says_so(self, lab, monkeypatch):
         monkeypatch.setattr(_lora, "recorded_steps", lambda of: None)

@@ -1,7 +1,9 @@
 """The arithmetic of memory says what building, training and saving really take."""
 
 import dataclasses
+import gc
 import json
+import math
 import subprocess
 import sys
 
@@ -13,7 +15,17 @@ from engine.errors import InputError
 from engine.experiments import _lora, _memory
 from engine.generation import generate
 from engine.measure import peak_memory
-from engine.memory_budget import GB, MOST, PARTS, budget, kv_cache_bytes, largest, optimizer_bytes, weight_bytes
+from engine.memory_budget import (
+    GB,
+    MOST,
+    PARTS,
+    budget,
+    building_bytes,
+    kv_cache_bytes,
+    largest,
+    optimizer_bytes,
+    weight_bytes,
+)
 from engine.memory_measurement import build, measure_step
 from engine.model import Decoder, KVCache, evaluating
 from engine.trainer import summed_loss
@@ -94,6 +106,56 @@ def test_a_head_of_its_own_stays_in_16_bits_unless_it_is_quantized(weights):
         assert (model.lm_head.weight.dtype is torch.bfloat16) is (plan is plain)
         assert measured(plan).model == sum(weight_bytes(plan)) + 4 * sum(plan.trained().elements())
     assert weight_bytes(plain)[0] > weight_bytes(also)[0]
+
+
+DEEP = ModelConfig(d_model=256, num_layers=8, num_heads=4, num_kv_heads=2, vocab_size=500)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "nf4", "nf4, double quantized"])
+@pytest.mark.parametrize(("tied", "quantizes_head"), [(True, False), (False, False), (False, True)])
+def test_building_takes_little_more_than_what_is_built(weights, tied, quantizes_head):
+    """A block in 16 bits and, of the matrix that is quantized, what checking and quantizing it takes in float32."""
+    config = DEEP.model_copy(update={"tie_embeddings": tied})
+    plan = Plan(config, LORA, weights, 2, on_cuda=False, quantizes_head=quantizes_head)
+    kept = []
+    gc.collect()  # what an earlier test left would be released meanwhile, and count against this
+    peak = peak_memory(lambda: kept.append(build(plan, "cpu")), "cpu")
+    matrix = config.d_model * max(config.ffn_dim, config.vocab_size * plan.head_is_quantized)
+    assert peak == pytest.approx(building_bytes(plan), abs=16 * matrix * plan.is_quantized + 20_000)
+    if plan.is_quantized:
+        assert peak < 0.8 * config.num_parameters * plan.width + sum(weight_bytes(plan))  # the whole and its copy
+
+
+def test_a_model_of_7_billion_is_built_in_its_quantized_size_and_a_block():
+    plan = Plan(_lora.SHAPES[3].config, LORA, "nf4", batch=1, length=128)
+    assert sum(weight_bytes(plan)) < building_bytes(plan) < sum(weight_bytes(plan)) + 0.5 * GB < 5 * GB
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4", "nf4, double quantized"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantizes_head", [True, False])
+def test_what_is_built_in_few_bits_is_a_fresh_decoder(weights, tied, quantizes_head):
+    """Every weight is drawn as `Decoder` draws it, no block like another, and nothing is left without memory."""
+    config = DEEP.model_copy(update={"tie_embeddings": tied})
+    plan = Plan(config, LORA, weights, 2, length=64, on_cuda=False, quantizes_head=quantizes_head)
+    model, optimizer = build(plan, "cpu")
+    again, _ = build(plan, "cpu")
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert all(module.training for module in model.modules())
+    assert (model.lm_head.weight is model.embed_tokens.weight) is tied
+    std = (2 / (5 * config.d_model)) ** 0.5
+    assert model.embed_tokens.weight.float().std() == pytest.approx(std, rel=0.02)
+    inputs = torch.eye(config.d_model, dtype=torch.bfloat16)
+    for layers in zip(*((block.self_attn.o_proj, block.self_attn.q_proj) for block in model.layers), strict=True):
+        with torch.no_grad():
+            drawn = [layer(inputs).float() for layer in layers]
+        wanted = std / (2 * config.num_layers) ** 0.5 if layers[0] is model.layers[0].self_attn.o_proj else std
+        assert all(weight.std() == pytest.approx(wanted, rel=0.05) for weight in drawn)
+        assert all(not torch.equal(drawn[0], weight) for weight in drawn[1:])
+    for parameter, same in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+    assert all((block.input_layernorm.weight == 1).all() for block in model.layers)
+    assert measure_step(plan, model, optimizer, "cpu").loss == pytest.approx(math.log(config.vocab_size), rel=0.1)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
@@ -355,6 +417,17 @@ def test_on_a_gpu(method, weights, checkpointing):
     plan = Plan(_config(1024), method, weights, batch=4, length=512, checkpointing=checkpointing)
     found = measure_step(plan, *build(plan, "cuda"), "cuda")
     assert budget(plan).peak.total == pytest.approx(found.peak, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int8", "nf4", "nf4, double quantized"])
+def test_building_on_a_gpu_never_holds_the_whole_model_in_16_bits(weights):
+    plan = Plan(_config(2048).model_copy(update={"num_layers": 24}), LORA, weights)
+    kept = []
+    peak = peak_memory(lambda: kept.append(build(plan, "cuda")), "cuda")
+    matrix = plan.config.d_model * plan.config.ffn_dim
+    assert peak == pytest.approx(building_bytes(plan), abs=16 * matrix, rel=0.01)
+    assert peak < 0.8 * plan.config.num_parameters * plan.width
 
 
 _FORMATS = ["float32", "bfloat16", "int8", "nf4", "nf4, double quantized"]

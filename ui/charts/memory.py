@@ -95,12 +95,15 @@ def amount(nbytes: float) -> str:
     return f"{number:,.{digits}f}\u00a0{name}"
 
 
-def stacks(bars: Sequence[Stack], *, card: float | None = None, mode: theme.Mode = "light") -> go.Figure:
+def stacks(
+    bars: Sequence[Stack], *, card: float | None = None, line: str = "the card", mode: theme.Mode = "light"
+) -> go.Figure:
     """Bars from top to bottom, stacked from their parts, against a line for what the card holds.
 
     Args:
         bars: one at least.
         card: bytes of the card; None for no line.
+        line: what the line is called.
         mode: light or dark.
     """
     surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
@@ -162,7 +165,7 @@ def stacks(bars: Sequence[Stack], *, card: float | None = None, mode: theme.Mode
         own_size, own_unit = unit_of(card)
         annotations.append(
             {
-                "text": f"the card: {card / own_size:.3g}\u00a0{own_unit}" + (", far to the right" if far else ""),
+                "text": f"{line}: {card / own_size:.3g}\u00a0{own_unit}" + (", far to the right" if far else ""),
                 "x": 1 if far else card / size,
                 "xref": "paper" if far else "x",
                 "y": 1,

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import memory
-from engine.experiments._memory import MOST, PARTS
+from engine.experiments._memory import MOST, PARTS, bytes_each
 from ui import chart, export, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Stack, amount
@@ -37,12 +37,22 @@ def budget(params: memory.Params) -> None:
         "a prompt of all tokens is read at once; that bar was compared with processors only, those of training with "
         "a GPU as well."
     )
-    st.caption(
-        "Full fine-tuning keeps weights, gradients and AdamW's two means in 16 bits here, 8 bytes a number; mixed "
-        "precision with weights and means in float32 as well takes 16."
-    )
+    st.caption(plain(full_fine_tuning(params)))
     with st.expander("What each part is, and how much of the chosen plan", icon=":material/help:"):
         st.table(_parts(found), border="horizontal")
+
+
+def full_fine_tuning(params: memory.Params) -> str:
+    """What full fine-tuning keeps for each of the model's numbers, by the chosen plan, beside what is common."""
+    each = bytes_each(params.plan("full fine-tuning"))
+    state = f"{each.state:.2f} of the means of {params.optimizer}"
+    if each.paged:
+        state += f" and {each.paged:.2f} more of them paged, not on the card"
+    return (
+        f"Full fine-tuning keeps {each.total:.2f} bytes for each of the model's numbers here: {each.weight:.0f} of "
+        f"the weight, {each.gradient:.0f} of its gradient, {state}. Mixed precision as it is common, weights and "
+        "gradients in 16 bits beside weights and AdamW's means in float32, keeps 16."
+    )
 
 
 def table(found: memory.Result) -> pd.DataFrame:

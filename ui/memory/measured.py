@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import _lora, _memory, memory, memory_measure
-from engine.experiments._memory import budget
+from engine.experiments._memory import Plan, budget
 from ui import chart, export, run, theme
 from ui.charts import memory as charts
 from ui.charts.memory import Pair, amount
@@ -21,8 +21,17 @@ _RUN = f"{PREFIX}_measure"
 _SHAPE = f"{PREFIX}_build"
 _STARTED = f"_{PREFIX}_measured"
 _NEAREST = 3  # rows of the recording beside the worst and the best
-_KINDS = {"nf4, double quantized": "QLoRA", "nf4": "QLoRA, 4-bit scales in float32", "int8": "LoRA, int8"}
-_OTHER_SCRIPT = {"full, Decoder": "full fine-tuning", "ours, Decoder": "LoRA"}
+_WEIGHTIEST = ("what is trained", "format of the weights", "checkpointing", "optimizer")
+"""Settings that have to be equal before sizes are looked at; the first ones count more than all after them."""
+
+_QLORA = {"weights": "nf4, double quantized", "optimizer": "paged AdamW 8-bit"}
+_OTHER_SCRIPTS = [
+    ("lora", "full, Decoder", "full fine-tuning", {"method": "full fine-tuning", "weights": "bfloat16"}),
+    ("lora", "ours, Decoder", "LoRA", {"weights": "bfloat16"}),
+    ("qlora", "ours, Decoder", "QLoRA, head in 16 bits", _QLORA),
+    ("qlora", "ours, Decoder, fused AdamW", "QLoRA, head in 16 bits, AdamW", _QLORA | {"optimizer": "AdamW"}),
+]
+"""Recordings of steps, the way that is taken from each, what it is called, and its settings."""
 
 
 def measured(params: memory.Params) -> None:
@@ -112,15 +121,13 @@ def _recorded(params: memory.Params) -> None:
     st.markdown("**On an H200, recorded**")
     found = _memory.recorded()
     rows = [] if found is None else list(found.rows)
-    steps = _lora.recorded_steps()
-    if steps is not None:
-        shape = next(shape for shape in _lora.SHAPES if shape.name == "1.1 B, Llama-shaped")
-        for way, method in _OTHER_SCRIPT.items():
-            settings = memory.Params(shape=shape.name, method=method, weights="bfloat16", batch=4, length=1024)
-            predicted = budget(settings.plan()).peak.total
-            name = f"{method}, from the LoRA lab's recording"
-            peak = round(steps.latest[way].peak_bytes)
-            rows.append(_memory.RecordedRow(name, 4, 1024, predicted, peak, "the gradient of the loss"))
+    timed = {of: steps for of in ("lora", "qlora") if (steps := _lora.recorded_steps(of)) is not None}
+    for of, way, name, settings in _OTHER_SCRIPTS:
+        if of in timed:
+            plan = memory.Params(shape="1.1 B, Llama-shaped", batch=4, length=1024, **settings).plan()
+            peak = round(timed[of].latest[way].peak_bytes)
+            words = f"{name}, from the recording of its speed"
+            rows.append(_memory.RecordedRow(words, plan, budget(plan).peak.total, peak))
     if not rows:
         st.info("The recordings are not there: engine/recorded is missing from this installation.")
         return
@@ -129,13 +136,17 @@ def _recorded(params: memory.Params) -> None:
     with st.expander(f"All {len(rows)} plans", icon=":material/table_rows:"):
         st.dataframe(_table(dict.fromkeys(rows, "")).drop(columns="why"), hide_index=True, width="stretch")
     worst = next(iter(shown))
-    head = " (the head as well, which plans of this page leave in 16)" if found and found.quantizes_head else ""
-    where = "; ".join(text.provenance for text in (found, steps) if text is not None)
+    head = (
+        " (the head as well, which plans of this page leave in 16; rows that do so say it)"
+        if found and found.quantizes_head
+        else ""
+    )
+    where = "; ".join(text.provenance for text in (found, *timed.values()) if text is not None)
     st.caption(
         plain(
             f"A Llama-shaped model of 1.1 billion parameters in bfloat16, or with frozen weights in 4 or 8 bits where "
             f"the plan says so{head}. The prediction lies {100 * abs(worst.error):.2f} % off at worst, for {worst.row} "
-            f"at {worst.batch} × {worst.length:,}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
+            f"at {worst.plan.batch} × {worst.plan.length:,}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
             "python -m tests.benchmarks.memory_prediction measures it again."
         )
     )
@@ -145,18 +156,20 @@ def _telling(rows: list[_memory.RecordedRow], params: memory.Params) -> dict[_me
     """The rows to look at first, and why: the worst, the best, and those nearest to the chosen plan."""
     ranked = sorted(rows, key=lambda row: abs(row.error), reverse=True)
     telling = {ranked[0]: "most off", ranked[-1]: "least off"}
-    for row in sorted(rows, key=lambda row: _apart(row, params))[:_NEAREST]:
-        telling[row] = f"{telling[row]}, like your plan" if row in telling else "like your plan"
+    plan = params.plan()
+    for row in sorted(rows, key=lambda row: _apart(row.plan, plan))[:_NEAREST]:
+        others = _memory.differences(row.plan, plan)
+        near = "nearest to your plan, but for " + ", ".join(others) if others else "your plan"
+        telling[row] = f"{telling[row]}; {near}" if row in telling else near
     return telling
 
 
-def _apart(row: _memory.RecordedRow, params: memory.Params) -> tuple[int, float]:
-    """How far a recorded plan is from the chosen one: in kind first, then in batch and length."""
-    kind = {"full fine-tuning": "full"}.get(params.method) or _KINDS.get(params.weights, "LoRA")
-    name = row.row.removesuffix(", checkpointing")
-    differs = 2 * (name != kind) + (params.checkpointing != row.row.endswith("checkpointing"))
-    sizes = math.log(params.batch / row.batch), math.log(params.length / row.length)
-    return differs, math.hypot(*sizes)
+def _apart(plan: Plan, chosen: Plan) -> tuple[int, float, int]:
+    """How far a recorded plan is from the chosen one: in kind first, then in batch and length, then in all else."""
+    differ = _memory.differences(plan, chosen)
+    kind = sum(2**place for place, name in enumerate(reversed(_WEIGHTIEST)) if name in differ)
+    sizes = math.log(chosen.batch / plan.batch), math.log(chosen.length / plan.length)
+    return kind, math.hypot(*sizes), len(differ)
 
 
 def _table(rows: Mapping[_memory.RecordedRow, str]) -> pd.DataFrame:
@@ -164,7 +177,7 @@ def _table(rows: Mapping[_memory.RecordedRow, str]) -> pd.DataFrame:
         [
             {
                 "plan": row.row,
-                "batch × tokens": f"{row.batch} × {row.length:,}",
+                "batch × tokens": f"{row.plan.batch} × {row.plan.length:,}",
                 "error": _percent(row.error),
                 "predicted": amount(row.predicted),
                 "measured": amount(row.measured),

@@ -25,8 +25,10 @@ def paged(params: memory.Params) -> None:
     st.markdown(
         "AdamW keeps two numbers beside each weight. Paged, they lie in memory that GPU and computer share and come to "
         "the card page by page while a step uses them: a model fits whose weights and gradients fit. This run "
-        "allows itself 3 GiB (3.22 GB) beside what its process already holds, fills 30% of them with weights, and "
-        "takes three steps with each optimizer. The settings beside this play no part."
+        f"allows itself the {params.card} GB of the card that is chosen beside this, or half of what the GPU has free "
+        "where that is less, and says which; what its process already holds is not counted. It fills 30% of them with "
+        "weights, and takes three steps with each optimizer. Without a GPU nothing runs out, whatever the card. The "
+        "other settings beside this play no part."
     )
     large = st.toggle("Large batch", key=f"{PREFIX}_large_batch", bind="query-params", help="256 samples, not 8.")
     running = run.is_running(_RUN)
@@ -37,7 +39,7 @@ def paged(params: memory.Params) -> None:
         icon=":material/swap_vert:",
         disabled=running,
         on_click=_start,
-        args=(memory_paged.Params(large_batch=large),),
+        args=(memory_paged.Params(budget=params.card, large_batch=large),),
     )
     started = st.session_state.get(_STARTED)
     found = run.run("memory_paged", started, key=_RUN) if started is not None else None
@@ -58,7 +60,7 @@ def _recorded() -> None:
     if found is None or found.paged is None:
         st.caption("No run on a GPU has been recorded with this version.")
         return
-    st.markdown("**On a GPU, recorded**")
+    st.markdown("**On a GPU, recorded; the card that is chosen plays no part**")
     _show(found.paged, f"{PREFIX}_paged_recorded", f"{found.provenance[0].upper()}{found.provenance[1:]}.")
 
 
@@ -73,8 +75,8 @@ def _show(found: Mapping[str, Any], key: str, provenance: str) -> None:
             Stack("AdamW needs", {**held, "optimizer state": 2 * weights}),
             Stack("Paged AdamW needs on the card", held),
         ]
-        fig = charts.stacks(bars, card=found["limit_bytes"], mode=theme.mode())
-        held_before = "The line stands at what PyTorch may hold, what the process held before included."
+        fig = charts.stacks(bars, card=found["limit_bytes"], line="PyTorch may hold", mode=theme.mode())
+        held_before = "The line counts what the process held before as well."
         chart.figure(fig, key=key, sentence=f"{found['sentence']} {held_before}", height=_HEIGHT)
     st.table(_attempts(found), border="horizontal")
     st.caption(plain(provenance))

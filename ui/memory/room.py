@@ -47,17 +47,31 @@ def sentence(params: memory.Params, found: memory.Result) -> str:
     plain, again = (
         next(way.batches for way in found.rooms if way.name == name and way.checkpointing is on) for on in (False, True)
     )
-    both = [(length, one, other) for length, one, other in zip(memory.LENGTHS, plain, again, strict=True) if one]
-    if both:
-        length, one, other = both[0]
+    fitting = [(length, one, other) for length, one, other in zip(memory.LENGTHS, plain, again, strict=True) if other]
+    if fitting:
+        length, one, other = fitting[0]
         words += (
-            f" With {name}, at {length} tokens, it is {one:,}, and {other:,} with checkpointing, which computes the "
-            "forward pass twice in exchange."
+            f" With {name}, at {length:,} tokens, {f'it is {one:,}' if one else 'not one fits'}, and {other:,} with "
+            "checkpointing, which computes the forward pass twice in exchange."
         )
-    return (
-        f"{words} Twice the length leaves half the batch: attention is fused and keeps no weights. "
-        f"{params.shape} reads {found.context:,} tokens at most: right of the dotted line there is room, and no use."
-    )
+    if len(fitting) > 1:
+        length, one, other = fitting[1]
+        words += (
+            f" At {length:,} tokens {f'it is {one:,}' if one else 'not one fits'}, and {other:,} with it: attention "
+            "is fused and keeps no weights, so that what a text takes grows about in proportion to its length."
+        )
+    return f"{words} {_beyond(params, found)}"
+
+
+def _beyond(params: memory.Params, found: memory.Result) -> str:
+    """What there is beyond the longest texts that the model reads."""
+    words = f"{params.shape} reads {found.context:,} tokens at most, the dotted line"
+    longer = [length for length in memory.LENGTHS if length > found.context]
+    if any(way.batches[memory.LENGTHS.index(longer[0])] for way in found.rooms):
+        return f"{words}: right of it there is room, and no use."
+    if any(any(way.batches) for way in found.rooms):
+        return f"{words}: of {longer[0]:,} tokens or more not one text would fit."
+    return f"{words}."
 
 
 def _table(found: memory.Result) -> pd.DataFrame:
