@@ -15,13 +15,14 @@ from pydantic import Field, field_validator
 
 from engine import catalogue, local_models
 from engine.experiments import ExperimentParams, _lora
+from engine.quantization.limits import FEWEST_TOKENS, MAX_BITS, MIN_BITS
+
+__all__ = ["FEWEST_TOKENS", "MAX_BITS", "MIN_BITS"]
 
 Format = Literal["NormalFloat", "Integer", "FP4 (E2M1)", "FP4 (bitsandbytes)", "FP8 (E4M3)", "FP8 (E5M2)"]
 Scale = Literal["per block", "per channel", "per tensor"]
 Source = Literal["model layer", "normal", "uniform", "Student-t", "normal with outliers"]
 Method = Literal["rounding", "GPTQ", "AWQ"]
-
-MIN_BITS, MAX_BITS = 2, 8  # as in engine.quantization.data_types, which needs torch
 
 FORMATS: dict[Format, tuple[str, int | None]] = {
     "NormalFloat": ("nf", None),
@@ -36,8 +37,6 @@ FORMATS: dict[Format, tuple[str, int | None]] = {
 DRAWN_SHAPE = (256, 256)
 """Of drawn numbers."""
 
-FEWEST_TOKENS = 64  # as in engine.quantization.perplexity, which needs torch
-
 BLOCK_TOKENS = 256
 """T, tokens that a model reads from the start each time."""
 
@@ -48,6 +47,8 @@ _BYTES_A_WEIGHT = 64
 
 METHODS: dict[Method, str] = {"rounding": "rounding", "GPTQ": "gptq", "AWQ": "awq"}
 """What the engine calls each method."""
+
+_ROUNDING = "round to nearest (RTN)"
 
 
 class ScaleParams(ExperimentParams):
@@ -63,7 +64,8 @@ class ScaleParams(ExperimentParams):
         ge=2,
         le=4096,
         title="Block size",
-        description="Weights that share a scale, if there is one per block: small blocks cost bits, large ones error.",
+        description="Weights that share a scale, if there is one per block (GPTQ's and AWQ's group size): small blocks "
+        "cost bits, large ones error.",
     )
     double_quantization: bool = Field(
         False, title="Double quantization", description="Store the scales themselves in 8 bits, as QLoRA does."
@@ -215,6 +217,11 @@ class TextParams(ModelParams):
                 f"{FEWEST_TOKENS + 1} tokens or more, or leave it empty for the stories."
             )
         return text
+
+
+def method_name(method: str) -> str:
+    """What the field calls a method."""
+    return _ROUNDING if method == "rounding" else method
 
 
 def type_name(data_type: Format, bits: int, symmetric: bool = True) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine.data import TokenBlocks
     from engine.pretrained import Pretrained
     from engine.quantization.calibration import InputStatistics
+    from engine.quantization.perplexity import Perplexity
     from engine.runtime.jobs import Job
 
 CALIBRATION_BLOCKS = 16
@@ -73,17 +74,12 @@ def read_text(params: TextParams, model: Pretrained) -> Text:
     return Text(blocks, f"Perplexity over {read:,} tokens of {whose}.")
 
 
-def perplexity_loss(quantized: nn.Module, model: Pretrained, text: Text) -> float:
-    """Mean loss of `quantized`, a copy of the model, in nats a token."""
+def measure(quantized: nn.Module, model: Pretrained, text: Text) -> Perplexity:
+    """The perplexity of `quantized`, a copy of the model, on a text."""
     from engine.quantization.perplexity import measure_perplexity
 
     at_once = LOGITS_AT_ONCE // (text.blocks.block_size * model.vocab_size)
-    return measure_perplexity(quantized, text.blocks, batch_size=max(1, min(8, at_once))).loss
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where that is no number any more, NaN for a model that computes none."""
-    return math.inf if loss >= 700 else math.exp(loss)
+    return measure_perplexity(quantized, text.blocks, batch_size=max(1, min(8, at_once)))
 
 
 def in_words(perplexity: float) -> str:

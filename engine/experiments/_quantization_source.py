@@ -6,9 +6,10 @@ Legend: O outputs, I inputs.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from engine.quantization.tensor import QuantizedTensor
     from engine.runtime.jobs import Job
 
-DEGREES_OF_FREEDOM = 4
-"""Of Student's t: the fewest for which the tails are heavy and a variance exists that a sample shows."""
+DEGREES_OF_FREEDOM = 5
+"""Of Student's t: the fewest with a fourth moment, without which the variance of a sample leaps from seed to seed."""
 
-BITSANDBYTES_TYPES = {"nf4": "nf4", "fp4-bnb": "fp4"}
-"""What bitsandbytes calls the data types that it has, by the engine's names."""
+BITSANDBYTES_TYPES = {"nf4": "nf4", "fp4-bnb": "fp4", "int8": "int8"}
+"""What bitsandbytes calls the data types that its layers have, by the engine's names."""
 
 BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -203,33 +204,60 @@ def _draw(params: WeightParams, device: str) -> Weights:
 
 
 def not_comparable(params: FormatParams) -> str:
-    """Why bitsandbytes has nothing that these settings could be compared with; empty if it has."""
+    """Why these settings are not those of a layer of bitsandbytes, with what could be compared; empty if they are."""
     name = type_name(params.data_type, params.bits, params.symmetric)
     if name not in BITSANDBYTES_TYPES:
-        return f"bitsandbytes has no {params.data_type} of {params.width} bits: choose NormalFloat 4 or its FP4."
-    if params.scale != "per block":
-        return f"bitsandbytes has no 4-bit weights with one scale {params.scale}: choose one per block."
-    if params.block_size not in BITSANDBYTES_BLOCKS:
+        return (
+            f"bitsandbytes' layers have no {params.in_words}: this compares 4 bits of NormalFloat or of its FP4 per "
+            "block, and 8 bits of symmetric Integer per channel."
+        )
+    if name == "int8":
+        if params.scale != "per channel":
+            return f"bitsandbytes' layers have no 8-bit integers with one scale {params.scale}: choose one per channel."
+        if params.double_quantization:
+            return "bitsandbytes' 8-bit layers keep their scales in 32 bits: switch double quantization off."
+    elif params.scale != "per block":
+        return f"bitsandbytes' layers have no 4-bit weights with one scale {params.scale}: choose one per block."
+    elif params.block_size not in BITSANDBYTES_BLOCKS:
         sizes = ", ".join(map(str, BITSANDBYTES_BLOCKS))
-        return f"bitsandbytes has no blocks of {params.block_size}: choose {sizes}."
+        return f"bitsandbytes has no 4-bit blocks of {params.block_size}: choose {sizes}."
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed here: `pip install bitsandbytes`."
     return ""
 
 
-_PLACE = re.compile(r"(?:^|.*?\.)(\d+)\.(.+)")
+_PLACE = re.compile(r"(?:(.*?)\.)??(\d+)\.(.+)")
 
 
-def place_of(layer: str) -> tuple[str, str]:
-    """The block that a layer belongs to, or ``"outside"``, and its kind, e.g. ``("0", "mlp.up_proj")``."""
-    found = _PLACE.fullmatch(layer)
-    return (found[1], found[2]) if found else ("outside", layer.rpartition(".")[2])
+def places_of(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The block that each layer belongs to, or ``"outside"``, and its kind; no two have the same place.
+
+    ``"model.layers.0.mlp.up_proj"`` is at ``("0", "mlp.up_proj")``; where a model has several stacks of blocks, the
+    number has the stack's name before it, as in ``"encoder 0"``.
+    """
+    found = {layer: _PLACE.fullmatch(layer) for layer in layers}
+    stacks = _stack_names({place[1] or "" for place in found.values() if place})
+    return {
+        layer: (f"{stacks[place[1] or '']} {place[2]}".strip(), place[3]) if place else ("outside", layer)
+        for layer, place in found.items()
+    }
 
 
-def labels_of(layers: list[str]) -> tuple[list[str], list[str]]:
-    """Rows and columns of a map of `layers`, in the model's order."""
-    places = [place_of(layer) for layer in layers]
-    return list(dict.fromkeys(block for block, _ in places)), list(dict.fromkeys(kind for _, kind in places))
+def _stack_names(stacks: set[str]) -> dict[str, str]:
+    """Dotted names without the parts at their ends that all of them have."""
+    parts = {stack: stack.split(".") for stack in stacks}
+    for _ in range(2):  # from the front, then from the back
+        common = sum(
+            1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts.values(), strict=False))
+        )
+        parts = {stack: names[common:][::-1] for stack, names in parts.items()}
+    return {stack: ".".join(names) for stack, names in parts.items()}
+
+
+def labels_of(places: Mapping[str, tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Rows and columns of a map of layers at these places, in the model's order."""
+    blocks, kinds = zip(*places.values(), strict=True)
+    return list(dict.fromkeys(blocks)), list(dict.fromkeys(kinds))
 
 
 def linear_layers(model: Pretrained) -> Selection:

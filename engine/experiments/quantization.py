@@ -1,10 +1,11 @@
 """Weights in few bits: the levels, the error, and the block that one outlier wrecks.
 
-Legend: N weights, K bins of a histogram, S weights of a block, G blocks, L levels, b bits.
+Legend: N weights, K bins of a histogram, S weights of a block, G blocks, E entries of the strip, L levels, b bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 BINS = 121
 SHOWN = 4096
 """Weights of a block, the one that the largest is in the middle of."""
-ENTRIES = 2000
-"""Of blocks, in one strip."""
+ENTRIES = 240
+"""Of neighbouring groups, in one strip: as many as can be chosen with a pointer."""
 
 
 class Params(_quantization.WeightParams):
@@ -52,6 +53,9 @@ class BlockView:
         scale: as it is stored, dequantized if it is quantized itself.
         zero_point: level that stands for 0; None for symmetric types.
         levels: (L,), the values that a weight of it can take.
+        largest: magnitude of the whole group's largest weight.
+        extent: from the smallest to the largest weight of the whole group, 0 counted as one of them.
+        standard_deviation: of the whole group.
         rms_error: of the whole group.
         worst: whether no other group has a larger rms error.
     """
@@ -65,6 +69,9 @@ class BlockView:
     scale: float
     zero_point: float | None
     levels: np.ndarray
+    largest: float
+    extent: float
+    standard_deviation: float
     rms_error: float
     worst: bool
 
@@ -104,9 +111,10 @@ class Result:
         error_counts: (K,), of dequantized − original.
         block: the one that is looked at.
         num_blocks: G.
-        block_errors: (≤ 2000,), rms error of each group, the largest of `blocks_per_entry` in a row.
-        worst_blocks: (≤ 2000,), number of the group whose error each entry of `block_errors` is.
-        blocks_per_entry: groups that one number of `block_errors` stands for.
+        block_errors: (E,), the largest rms error of neighbouring groups; of each group where there are at most 240.
+        worst_blocks: (E,), number of the group whose error each entry is.
+        block_edges: (E + 1,): entry e stands for the groups from edges[e] up to, not with, edges[e + 1].
+        median_error: of the rms errors of all groups.
         distortion: of all weights.
         standard_deviation: of the weights.
         bits_per_weight: everything counted: `payload_bits` + `scale_bits`.
@@ -138,7 +146,8 @@ class Result:
     num_blocks: int
     block_errors: np.ndarray
     worst_blocks: np.ndarray
-    blocks_per_entry: int
+    block_edges: np.ndarray
+    median_error: float
     distortion: Distortion
     standard_deviation: float
     bits_per_weight: float
@@ -170,7 +179,7 @@ def run(params: Params, job: Job) -> Result:
     edges, (before, after) = _histograms(weights.values, dequantized)
     error_edges, (errors,) = _histograms(dequantized - weights.values, centred=True)
     block, block_errors = _look_into(params.block, weights.values, stored, dequantized)
-    entries, worst_blocks, blocks_per_entry = _pool(block_errors)
+    entries, worst_blocks, block_edges = _pool(block_errors)
     distortion = Distortion(**vars(measure_distortion(weights.values, dequantized)))
     payload_bits = 8 * stored.payload.nbytes / count
     bound = gaussian_bound_db(stored.bits_per_weight)
@@ -191,7 +200,8 @@ def run(params: Params, job: Job) -> Result:
         num_blocks=len(block_errors),
         block_errors=entries,
         worst_blocks=worst_blocks,
-        blocks_per_entry=blocks_per_entry,
+        block_edges=block_edges,
+        median_error=float(np.median(block_errors)),
         distortion=distortion,
         standard_deviation=weights.values.std().item(),
         bits_per_weight=stored.bits_per_weight,
@@ -239,6 +249,7 @@ def _look_into(
         )
     index = chosen if chosen >= 0 else int(original.abs().amax(1).argmax())
     size = int(sizes[index])
+    whole = original[index, :size]
     peak = int(original[index].abs().argmax())
     first = min(max(0, peak - SHOWN // 2), max(0, size - SHOWN))
     shown = slice(first, min(size, first + SHOWN))
@@ -254,6 +265,9 @@ def _look_into(
         scale=scale,
         zero_point=zero_point,
         levels=levels.numpy(),
+        largest=whole.abs().max().item(),
+        extent=(whole.max().clamp(min=0) - whole.min().clamp(max=0)).item(),
+        standard_deviation=whole.std(correction=0).item(),
         rms_error=errors[index].item(),
         worst=bool(errors[index] == errors.max()),
     )
@@ -273,12 +287,11 @@ def _scale_of(stored: QuantizedTensor, index: int) -> tuple[float, float | None]
     return scales[index].item(), stored.data_type.decode(codes)[index].item()
 
 
-def _pool(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """The largest of as many errors in a row as needed, at most `ENTRIES` of them, where it is, and how many a row."""
-    each = math.ceil(len(errors) / ENTRIES)
-    rows = np.pad(errors, (0, -len(errors) % each), constant_values=-1.0).reshape(-1, each)
-    places = rows.argmax(1)
-    return rows.max(1), np.arange(len(rows)) * each + places, each
+def _pool(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest of neighbouring errors (E,), where each of them is (E,), and where the neighbours end (E + 1,)."""
+    edges = np.linspace(0, len(errors), min(ENTRIES, len(errors)) + 1).round().astype(np.int64)
+    worst = np.array([first + errors[first:end].argmax() for first, end in itertools.pairwise(edges)])
+    return errors[worst], worst, edges
 
 
 def _describe(params: Params, stored: QuantizedTensor, distortion: Distortion, bound: float, normal: bool) -> str:
@@ -290,17 +303,20 @@ def _describe(params: Params, stored: QuantizedTensor, distortion: Distortion, b
 
 
 def _describe_block(params: Params, block: BlockView, num_blocks: int) -> str:
-    largest, spread = np.abs(block.original).max(), block.original.std()
     group = "Channel" if params.scale == "per channel" else "Block"
     who = (
         f"All {block.size:,} weights share one scale"
         if num_blocks == 1
-        else f"{group} {block.index} of {num_blocks:,} has {block.size:,} weights with one scale"
+        else f"{group} {block.index} of {num_blocks:,} has {block.size:,} weight{'s' * (block.size > 1)} with one scale"
     )
     worst = f", the largest of all {group.lower()}s" if block.worst and num_blocks > 1 else ""
+    if block.size == 1:
+        return f"{who}; its error is {block.rms_error:.2g}{worst}."
+    spread = block.standard_deviation
     if not spread:
         return f"{who}; they are equal, and their rms error is {block.rms_error:.2g}{worst}."
+    by, width = ("the largest", block.largest) if block.zero_point is None else ("their range with 0", block.extent)
     return (
-        f"{who}; it is set by the largest, {largest / spread:.1f} times their standard deviation: rms error "
+        f"{who}; it is set by {by}, {width / spread:.1f} times their standard deviation: rms error "
         f"{block.rms_error:.2g}{worst}."
     )

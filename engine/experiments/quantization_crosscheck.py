@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +35,7 @@ class Result:
         count: weights.
         differing_codes: how many have another code.
         differing_values: how many have another value after dequantizing.
+        differing_scales: how many scales have another 8-bit code, with double quantization; 0 without.
         max_difference: the largest difference between two values.
         ours_ms, theirs_ms: median time to quantize, in milliseconds.
         ours, theirs: evidence of these times, as in `engine.measure.Evidence`.
@@ -44,6 +46,7 @@ class Result:
     count: int
     differing_codes: int
     differing_values: int
+    differing_scales: int
     max_difference: float
     ours_ms: float | None
     theirs_ms: float | None
@@ -53,64 +56,137 @@ class Result:
 
 
 def run(params: Params, job: Job) -> Result:
-    """Quantize with both, compare, and time both.
-
-    With double quantization the scales are compared as they are before: bitsandbytes' search on the CPU misses the
-    nearest 8-bit level of some.
-    """
+    """Quantize with both, compare, and time both."""
     if reason := _quantization_source.not_comparable(params):
-        return Result(reason, 0, 0, 0, 0.0, None, None, None, None, reason)
-    from bitsandbytes import functional
-    from torch import Size
-
+        return Result(reason, 0, 0, 0, 0, 0.0, None, None, None, None, reason)
     from engine.measure import measure_time
-    from engine.quantization.grouping import per_block
-    from engine.quantization.packing import unpack
-    from engine.quantization.tensor import quantize
 
-    name = _quantization.type_name(params.data_type, params.bits)
-    quant_type, size = _quantization_source.BITSANDBYTES_TYPES[name], params.block_size
     weights = _quantization_source.read_weights(params, job).values.contiguous()
-
-    def quantize_ours() -> QuantizedTensor:
-        return quantize(weights, name, per_block(size))
-
-    def quantize_theirs() -> tuple[Tensor, Any]:
-        return functional.quantize_4bit(weights, blocksize=size, quant_type=quant_type)
-
-    ours, (payload, state) = quantize_ours(), quantize_theirs()
-    if weights.shape[-1] % size:  # their kernel for AVX512 takes other blocks' scales unless the tensor is flat
-        state.shape = Size([weights.numel()])
-    values = functional.dequantize_4bit(payload, state).view(weights.shape)
-    differences = (ours.dequantize() - values).abs()
+    pair = _eight_bits(weights) if _is_8bit(params) else _four_bits(weights, params)
     job.report(1, 3)
-    shape = f"{weights.numel():,} weights to {params.data_type}, 4 bits, blocks of {size}"
-    ours_time = measure_time(quantize_ours, job.device, dtype=weights.dtype, shape=f"{shape}, ours", runs=RUNS)
-    job.report(2, 3)
-    theirs_time = measure_time(
-        quantize_theirs, job.device, dtype=weights.dtype, shape=f"{shape}, bitsandbytes", runs=RUNS
-    )
-    job.report(3, 3)
-    codes = unpack(payload.flatten(), 4, weights.numel()).view(weights.shape)
-    differing_codes = int((ours.codes != codes).sum())
-    differing_values = int((differences > 0).sum())
+    shape = f"{weights.numel():,} weights to {params.in_words}"
+    times = []
+    for step, (whose, quantize) in enumerate(
+        {"ours": pair.quantize_ours, "bitsandbytes": pair.quantize_theirs}.items(), 2
+    ):
+        times.append(measure_time(quantize, job.device, dtype=pair.weights.dtype, shape=f"{shape}, {whose}", runs=RUNS))
+        job.report(step, 3)
+    ours, theirs = times
+    codes, scales = int(pair.codes.sum()), int(pair.scales.sum())
+    values = int((pair.differences > 0).sum())
     evidence = [
-        asdict(time) | {"versions": time.versions | {"bitsandbytes": version("bitsandbytes")}}
-        for time in (ours_time, theirs_time)
+        asdict(time) | {"versions": time.versions | {"bitsandbytes": version("bitsandbytes")}} for time in times
     ]
     return Result(
         reason="",
         count=weights.numel(),
-        differing_codes=differing_codes,
-        differing_values=differing_values,
-        max_difference=differences.max().item(),
-        ours_ms=ours_time.median_ms,
-        theirs_ms=theirs_time.median_ms,
+        differing_codes=codes,
+        differing_values=values,
+        differing_scales=scales,
+        max_difference=pair.differences.max().item(),
+        ours_ms=ours.median_ms,
+        theirs_ms=theirs.median_ms,
         ours=evidence[0],
         theirs=evidence[1],
         sentence=(
-            f"Ours against bitsandbytes on these {weights.numel():,} weights: {differing_codes} codes and "
-            f"{differing_values} values differ; {ours_time.median_ms:.3g} ms and {theirs_time.median_ms:.3g} ms."
-            + (" Its FP4 has two codes for zero." if differing_codes and not differing_values else "")
+            f"Ours against bitsandbytes on these {weights.numel():,} weights{pair.rounded}: {codes} codes and {values} "
+            "values differ"
+            + (f", of {pair.scales.numel():,} scales {scales} in their 8-bit code" if pair.scales.numel() else "")
+            + f"; {ours.median_ms:.3g} ms and {theirs.median_ms:.3g} ms."
+            + (" Its FP4 has two codes for zero." if codes and not values else "")
         ),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Both libraries' results.
+
+    Args:
+        weights: what both have quantized.
+        codes: where these differ, of the weights' shape.
+        differences: of the values, absolute.
+        scales: where the codes of scales differ that are quantized themselves; none where they are not.
+        quantize_ours, quantize_theirs: to be timed.
+        rounded: what was done to the weights before, in words.
+    """
+
+    weights: Tensor
+    codes: Tensor
+    differences: Tensor
+    scales: Tensor
+    quantize_ours: Callable[[], QuantizedTensor]
+    quantize_theirs: Callable[[], Any]
+    rounded: str = ""
+
+
+def _is_8bit(params: Params) -> bool:
+    return _quantization.type_name(params.data_type, params.bits, params.symmetric) == "int8"
+
+
+def _four_bits(weights: Tensor, params: Params) -> _Pair:
+    """As `Linear4bit` stores them."""
+    from bitsandbytes import functional
+    from torch import Size
+
+    from engine.quantization.packing import unpack
+
+    name, nested = _quantization.type_name(params.data_type, params.bits), params.double_quantization
+
+    def quantize_ours() -> QuantizedTensor:
+        return _quantization_source.quantize_as(weights, name, params)
+
+    def quantize_theirs() -> tuple[Tensor, Any]:
+        return functional.quantize_4bit(
+            weights,
+            blocksize=params.block_size,
+            quant_type=_quantization_source.BITSANDBYTES_TYPES[name],
+            compress_statistics=nested,
+        )
+
+    ours, (payload, state) = quantize_ours(), quantize_theirs()
+    if weights.shape[-1] % params.block_size:  # their kernel for AVX512 takes wrong scales unless the tensor is flat
+        state.shape = Size([weights.numel()])
+    codes = unpack(payload.flatten(), 4, weights.numel()).view(weights.shape)
+    values = functional.dequantize_4bit(payload, state).view(weights.shape)
+    return _Pair(
+        weights=weights,
+        codes=ours.codes != codes,
+        differences=(ours.dequantize() - values).abs(),
+        scales=ours.scales.differences.codes != state.absmax if nested else codes.new_empty(0),
+        quantize_ours=quantize_ours,
+        quantize_theirs=quantize_theirs,
+    )
+
+
+def _eight_bits(weights: Tensor) -> _Pair:
+    """As `Linear8bitLt` stores them, which takes float16 on CUDA.
+
+    Its values are code · largest / 127. Its own function multiplies by 1/127 instead, which moves the last digit.
+    """
+    import torch
+    from bitsandbytes import functional
+
+    from engine.quantization.grouping import per_channel
+    from engine.quantization.tensor import quantize, round_to
+
+    half = round_to(weights, torch.float16)
+
+    def quantize_ours() -> QuantizedTensor:
+        return quantize(half, "int8", per_channel())
+
+    def quantize_theirs() -> tuple[Tensor, Tensor, Tensor | None]:
+        return functional.int8_vectorwise_quant(half)
+
+    ours, (codes, largest, _) = quantize_ours(), quantize_theirs()
+    levels = ours.data_type.decode(ours.codes)
+    values = codes * (largest / 127)[:, None]
+    return _Pair(
+        weights=half,
+        codes=levels != codes,
+        differences=(levels * ours.scales[:, None] - values).abs(),
+        scales=codes.new_empty(0),
+        quantize_ours=quantize_ours,
+        quantize_theirs=quantize_theirs,
+        rounded=", rounded to float16",
     )

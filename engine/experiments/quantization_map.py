@@ -45,7 +45,8 @@ class Result:
     """A number for every layer, NaN where there is no such layer, or not yet.
 
     Args:
-        blocks: B labels of rows: the number of a block, or ``"outside"`` for layers that belong to none.
+        blocks: B labels of rows: the number of a block, with the name of its stack where there are several, or
+            ``"outside"`` for layers that belong to none.
         kinds: K labels of columns, e.g. ``"self_attn.q_proj"``.
         names: (B, K) dotted names, as `quantization.Params.layer` takes them; "" where there is no such layer.
         shapes: of each layer's weight, by name, (outputs, inputs).
@@ -87,10 +88,10 @@ def run(params: Params, job: Job) -> Result:
     model = _quantization_source.load_model(params, job)
     selection = _quantization_source.linear_layers(model)
     layers = selection.chosen
-    blocks, kinds = _quantization_source.labels_of(list(layers))
+    places = _quantization_source.places_of(layers)
+    blocks, kinds = _quantization_source.labels_of(places)
     names = [[""] * len(kinds) for _ in blocks]
-    for name in layers:
-        block, kind = _quantization_source.place_of(name)
+    for name, (block, kind) in places.items():
         names[blocks.index(block)][kinds.index(kind)] = name
     data_type = _quantization.type_name(params.data_type, params.bits, params.symmetric)
     grouping = _quantization_source.grouping_of(params)

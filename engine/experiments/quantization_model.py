@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Params(_quantization.ScaleParams, _quantization.TextParams):
         min_length=1,
         max_length=3,
         title="Methods",
-        description="To the nearest level, with compensation of errors (GPTQ), or with activation-aware scaling (AWQ).",
+        description="Rounding is round to nearest (RTN); GPTQ compensates its errors, AWQ scales by the activations.",
     )
     data_types: tuple[Literal["Integer", "NormalFloat"], ...] = Field(
         ("Integer",), min_length=1, max_length=2, title="Data types", description="Each with each method."
@@ -185,25 +186,24 @@ def _scales(params: Params) -> tuple[str | int | bool, ...]:
 
 def _measure_original(model: Pretrained, text: Text) -> Point:
     began = time.monotonic()
-    loss = _quantization_perplexity.perplexity_loss(model.model, model, text)
-    perplexity, seconds = _quantization_perplexity.perplexity_of(loss), time.monotonic() - began
-    bits = _quantization_source.stored_bits(model)
-    return Point("original", f"{bits}-bit", bits, float(bits), perplexity, loss, 0.0, seconds)
+    found = _quantization_perplexity.measure(model.model, model, text)
+    seconds, bits = time.monotonic() - began, _quantization_source.stored_bits(model)
+    return Point("original", f"{bits}-bit", bits, float(bits), found.value, found.loss, 0.0, seconds)
 
 
 def _measure(way: _Way, params: Params, model: Pretrained, text: Text, job: Job) -> Point:
     began = time.monotonic()
     name = _quantization.type_name(way.data_type, way.bits, way.symmetric)
     quantized = _quantization_perplexity.quantize_model(model, name, params, way.method, job)
-    loss = _quantization_perplexity.perplexity_loss(quantized, model, text)
+    found = _quantization_perplexity.measure(quantized, model, text)
     report = quantized.quantization
     return Point(
         method=way.method,
         data_type=way.data_type,
         bits=way.bits,
         bits_per_weight=report.bits_per_weight,
-        perplexity=_quantization_perplexity.perplexity_of(loss),
-        loss=loss,
+        perplexity=found.value,
+        loss=found.loss,
         output_error=statistics.fmean(layer.output_error for layer in report.layers),
         seconds=time.monotonic() - began,
     )
@@ -215,12 +215,20 @@ def _describe(original: Point | None, points: list[Point]) -> str:
         return ""
     in_words = _quantization_perplexity.in_words
     first = f"As it is, the model has a perplexity of {in_words(original.perplexity)}"
+    if not math.isfinite(original.perplexity):
+        first = (
+            "Even as it is, the model has no finite perplexity on this text, so that there is nothing to compare with"
+        )
     if not points:
         return f"{first}."
     fewest = min(point.bits for point in points)
-    ranked = sorted((point for point in points if point.bits == fewest), key=lambda point: point.loss)
+    ranked = sorted(
+        (point for point in points if point.bits == fewest),
+        key=lambda point: math.inf if math.isnan(point.loss) else point.loss,
+    )
     ways = ", ".join(
-        f"{in_words(point.perplexity)} with {point.data_type} by {point.method} ({point.bits_per_weight:.2f})"
+        f"{in_words(point.perplexity)} with {point.data_type} by {_quantization.method_name(point.method)} "
+        f"({point.bits_per_weight:.2f})"
         for point in ranked
     )
     return f"{first}; with codes of {fewest} bits (in brackets: bits a weight, scales included) it has {ways}."

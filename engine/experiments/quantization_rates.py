@@ -17,10 +17,17 @@ from engine.experiments import _quantization, _quantization_source
 from engine.experiments._quantization import Format
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.runtime.jobs import Job
 
 
 BOUND_POINTS = 41
+
+SPLIT = "Integer, outlier columns in 16 bits"
+"""Family of LLM.int8's split, on stored weights."""
+
+_OUTLYING = 6.0  # standard deviations of the weights; LLM.int8 has 6 as well, of activations
 
 
 class Params(_quantization.WeightParams):
@@ -32,9 +39,10 @@ class Point:
     """One data type.
 
     Args:
-        name: in the engine, e.g. ``"nf4"``.
+        name: in the engine, e.g. ``"nf4"``; for the split ``"int4 and 16 bits"``.
         data_type: the format, as `Params.data_type` calls it.
-        family: what a line connects: ``"NormalFloat"``, ``"Integer"``, ``"Integer, asymmetric"`` or the format itself.
+        family: what a line connects: ``"NormalFloat"``, ``"Integer"``, ``"Integer, asymmetric"``, `SPLIT` or the format
+            itself.
         bits: of a code.
         symmetric: False for integers with a zero point.
         bits_per_weight: scales and zero points included.
@@ -104,6 +112,8 @@ def run(params: Params, job: Job) -> Result:
             )
         )
         job.report(done, len(candidates))
+    if not params.double_quantization:  # which the split's scales do not have
+        points += _split(weights.values, params)
     bound_bits = np.linspace(0, math.ceil(max(point.bits_per_weight for point in points)), BOUND_POINTS)
     return Result(
         source=weights.sentence,
@@ -114,6 +124,35 @@ def run(params: Params, job: Job) -> Result:
         bound_note=weights.bound_note,
         sentence=_describe(points, params.width, weights.normal),
     )
+
+
+def _split(values: Tensor, params: Params) -> list[Point]:
+    """Integers of every width but for the columns with an outlier; none where no column has one, or all have."""
+    from engine.quantization.distortion import measure_distortion
+    from engine.quantization.outliers import split_outliers
+
+    threshold = _OUTLYING * values.std().item()
+    columns = (values.abs() >= threshold).any(0)
+    if threshold == 0 or not columns.any() or columns.all():
+        return []
+    points = []
+    for bits in range(_quantization.MIN_BITS, _quantization.MAX_BITS + 1):
+        stored = split_outliers(values, threshold, f"int{bits}", _quantization_source.grouping_of(params))
+        distortion = measure_distortion(values, stored.dequantize())
+        points.append(
+            Point(
+                name=f"int{bits} and 16 bits",
+                data_type="Integer",
+                family=SPLIT,
+                bits=bits,
+                symmetric=True,
+                bits_per_weight=stored.bits_per_weight,
+                sqnr_db=distortion.sqnr_db,
+                mean_absolute=distortion.mean_absolute,
+                current=False,
+            )
+        )
+    return points
 
 
 def _candidates() -> Iterator[tuple[Format, int, bool]]:

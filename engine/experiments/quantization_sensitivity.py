@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from engine.experiments._quantization_perplexity import Finished, Stopped, Text
 
 if TYPE_CHECKING:
     from engine.pretrained import Pretrained
+    from engine.quantization.perplexity import Perplexity
     from engine.runtime.jobs import Job
 
 
@@ -55,6 +57,8 @@ class PartCost:
         weights: in the part.
         perplexity: of the model with this part quantized.
         increase: `perplexity` over the original's, less 1; below 0 if the model does better on this text.
+        error: standard error of `increase` over the blocks of the text, as `Perplexity.increase_over` has it; NaN
+            where there is none.
         seconds: that it took.
     """
 
@@ -64,6 +68,7 @@ class PartCost:
     weights: int
     perplexity: float
     increase: float
+    error: float
     seconds: float
 
 
@@ -79,6 +84,7 @@ class Result:
         total: parts that there are to be.
         tokens: that were predicted for each perplexity.
         text: which text it is, in a sentence.
+        text_blocks: that it was cut into, each read from its start.
         ended, ending: whether all parts are there, and why not.
         sentence: which hurt most, and whether the costs add up.
         device: where it ran.
@@ -93,6 +99,7 @@ class Result:
     total: int
     tokens: int
     text: str
+    text_blocks: int
     ended: Ending
     ending: str
     sentence: str
@@ -113,8 +120,9 @@ def run(params: Params, job: Job) -> Result:
     model = _quantization_source.load_model(params, job, predicts=True)
     names = list(_quantization_source.linear_layers(model).chosen)
     text = _quantization_perplexity.read_text(params, model)
-    blocks, kinds = _quantization_source.labels_of(names)
-    plan = _parts(params.unit, names)
+    places = _quantization_source.places_of(names)
+    blocks, kinds = _quantization_source.labels_of(places)
+    plan = _parts(params.unit, places)
     where, software = device_name(job.device), versions()
     parts: list[PartCost] = []
     everything = None
@@ -124,44 +132,45 @@ def run(params: Params, job: Job) -> Result:
             parts=list(parts),
             blocks=blocks,
             kinds=kinds,
-            original_perplexity=original,
+            original_perplexity=original.value,
             quantized_perplexity=everything,
             total=len(plan),
             tokens=text.tokens,
             text=text.sentence,
+            text_blocks=len(text.blocks),
             ended=ended,
             ending=ending,
-            sentence=_describe(params, parts, original, everything),
+            sentence=_describe(params, parts, original.value, everything),
             device=where,
             versions=software,
         )
 
-    def measure(layers: frozenset[str]) -> tuple[float, int, float]:
+    def measure(layers: frozenset[str]) -> tuple[Perplexity, int, float]:
         """Perplexity with these layers quantized, their weights, and the seconds that took."""
         key = (params.model_copy(update={"unit": "layer"}), params.cache_token(), job.device, layers)
         return _finished.get(key) or _finished.add(key, _measure(layers, params, model, text, job))
 
-    original = _quantization_perplexity.perplexity_of(
-        _quantization_perplexity.perplexity_loss(model.model, model, text)
-    )
+    original = _quantization_perplexity.measure(model.model, model, text)
     try:
         for done, (name, layers) in enumerate(plan.items(), 1):
             perplexity, weights, seconds = measure(layers)
-            block, kind = _quantization_source.place_of(min(layers))
+            block, kind = places[min(layers)]
+            increase, error = perplexity.increase_over(original)
             parts.append(
                 PartCost(
                     name=name,
                     block="" if params.unit == "kind" else block,
                     kind="" if params.unit == "block" else kind,
                     weights=weights,
-                    perplexity=perplexity,
-                    increase=perplexity / original - 1,
+                    perplexity=perplexity.value,
+                    increase=increase,
+                    error=error,
                     seconds=seconds,
                 )
             )
             job.report(done, len(plan) + 1, increase=parts[-1].increase)
             job.show(lambda: result("running", f"{len(parts)} of {len(plan)} parts so far."))
-        everything, *_ = measure(frozenset(names))
+        everything = measure(frozenset(names))[0].value
     except Stopped:
         ended, words = stopped(params, job)
         return result(ended, f"{words} after {len(parts)} of {len(plan)} parts, which are shown.")
@@ -172,24 +181,23 @@ def run(params: Params, job: Job) -> Result:
 _finished = Finished()
 
 
-def _parts(unit: Unit, names: list[str]) -> dict[str, frozenset[str]]:
+def _parts(unit: Unit, places: Mapping[str, tuple[str, str]]) -> dict[str, frozenset[str]]:
     """The layers of each part, by what it is called, in the model's order."""
     parts: dict[str, set[str]] = {}
-    for name in names:
-        block, kind = _quantization_source.place_of(name)
+    for name, (block, kind) in places.items():
         parts.setdefault({"layer": name, "block": block, "kind": kind}[unit], set()).add(name)
     return {label: frozenset(layers) for label, layers in parts.items()}
 
 
 def _measure(
     layers: frozenset[str], params: Params, model: Pretrained, text: Text, job: Job
-) -> tuple[float, int, float]:
+) -> tuple[Perplexity, int, float]:
     began = time.monotonic()
     name = _quantization.type_name(params.data_type, params.bits, params.symmetric)
     quantized = _quantization_perplexity.quantize_model(model, name, params, "rounding", job, layers.__contains__)
-    loss = _quantization_perplexity.perplexity_loss(quantized, model, text)
+    perplexity = _quantization_perplexity.measure(quantized, model, text)
     weights = sum(math.prod(layer.shape) for layer in quantized.quantization.layers)
-    return _quantization_perplexity.perplexity_of(loss), weights, time.monotonic() - began
+    return perplexity, weights, time.monotonic() - began
 
 
 def _describe(params: Params, parts: list[PartCost], original: float, everything: float | None) -> str:

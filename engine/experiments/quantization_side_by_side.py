@@ -38,7 +38,9 @@ class Params(_quantization.FormatParams, _quantization.ModelParams):
     time_limit: ClassVar[float] = 600.0
     stop_grace: ClassVar[float] = 60.0
 
-    method: Method = Field("rounding", title="Method", description="How the levels are chosen.")
+    method: Method = Field(
+        "rounding", title="Method", description="How the levels are chosen; rounding is round to nearest (RTN)."
+    )
     prompt: str = Field(
         "Once upon a time there was a little fox who",
         min_length=1,
@@ -123,8 +125,7 @@ def run(params: Params, job: Job) -> Result:
         job.report(1 + 3 * index, STEPS)
         continuations.append(_continue(twin, ids, params.new_tokens))
         _go_on(job, 2 + 3 * index)
-        loss = _quantization_perplexity.perplexity_loss(twin.model, model, text)
-        perplexities.append(_quantization_perplexity.perplexity_of(loss))
+        perplexities.append(_quantization_perplexity.measure(twin.model, model, text).value)
         _go_on(job, 3 + 3 * index)
         maps.append(tracing.trace(twin, ids, last_logits=True).attention.float())  # (L, H, T, T)
     _go_on(job, STEPS)
@@ -207,7 +208,7 @@ def _first_difference(one: list[int], other: list[int]) -> int | None:
 def _describe(params: Params, first_difference: int | None, length: int, perplexities: list[float]) -> str:
     before, after = perplexities
     in_words = _quantization_perplexity.in_words
-    how = f"{params.in_words}, by {params.method}"
+    how = f"{params.in_words}, by {_quantization.method_name(params.method)}"
     text = (
         f"both models say the same {length} tokens"
         if first_difference is None

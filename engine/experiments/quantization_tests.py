@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,13 +98,14 @@ def run(params: Params, job: Job) -> Result:
                 ROUNDING,
             )
         )
-    zero = torch.zeros_like(w[:1])
+    zeroed, scale = _with_zeros(w, again)
     checks += [
         _check(
             "Zero stays zero",
-            "largest magnitude of zeros that are quantized",
-            again(zero).dequantize().abs().max().item(),
-            0.0,
+            "largest magnitude of a group of zeros that is quantized among the others"
+            + (", up to its scale: on CUDA double quantization leaves that above 0 in NF4" if scale else ""),
+            zeroed,
+            scale,
         ),
         _check(
             "Twice the weights, twice the result",
@@ -124,9 +126,29 @@ def run(params: Params, job: Job) -> Result:
             )
         )
     if not _quantization_source.not_comparable(params):
-        checks.append(_against_bitsandbytes(w, name, params.block_size))
+        compare = _against_8_bits if name == "int8" else _against_4_bits
+        checks.append(compare(w, name, params.block_size))
     job.report(1, 1)
     return Result(checks)
+
+
+def _with_zeros(w: Tensor, quantize: Callable[[Tensor], QuantizedTensor]) -> tuple[float, float]:
+    """What becomes of the first group's weights if they are 0: the largest magnitude, and what it may be.
+
+    That is 0, but where a CUDA kernel gives zeros NF4's lowest code, and the scale is not 0 once it is quantized.
+    """
+    from engine.quantization.tensor import QuantizedScales, kernels_for
+
+    stored = quantize(w)
+    groups = stored.grouping.split(w).clone()
+    groups[0] = 0
+    stored = quantize(stored.grouping.join(groups, w.shape))
+    largest = stored.grouping.split(stored.dequantize())[0].abs().max().item()
+    kernels = kernels_for(w)
+    leaves = kernels and kernels.encodes(stored.data_type, stored.grouping, w.dtype) and stored.data_type.name == "nf4"
+    if not leaves or not isinstance(stored.scales, QuantizedScales):
+        return largest, 0.0
+    return largest, abs(stored.scales.dequantize()[0].item())
 
 
 def _in_units_of_scales(w: Tensor, stored: QuantizedTensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -152,7 +174,28 @@ def _bytes_by_formula(params: Params, w: Tensor, bits: int) -> int:
     return -(-w.numel() * bits // 8) + scales + (-(-groups * bits // 8) if asymmetric else 0)
 
 
-def _against_bitsandbytes(w: Tensor, name: str, block_size: int) -> Check:
+def _against_8_bits(w: Tensor, name: str, _: int) -> Check:
+    """Of weights in float16, as its CUDA kernel takes them; that multiplies by an inverse of its own."""
+    import torch
+    from bitsandbytes import functional
+
+    from engine.quantization.grouping import per_channel
+    from engine.quantization.tensor import quantize, round_to
+
+    half = round_to(w, torch.float16)
+    theirs, _, _ = functional.int8_vectorwise_quant(half)
+    ours = quantize(half, name, per_channel())
+    scaled = half / ours.scales.where(ours.scales != 0, 1.0)[:, None]
+    apart = (scaled - theirs).abs() - (scaled - ours.data_type.decode(ours.codes)).abs()
+    return _check(
+        "bitsandbytes chooses the same levels",
+        "how much further from a weight its level is, at most, in units of the scale",
+        apart.max().item(),
+        ROUNDING * ours.data_type.peak,
+    )
+
+
+def _against_4_bits(w: Tensor, name: str, block_size: int) -> Check:
     from bitsandbytes import functional
 
     from engine.quantization.grouping import per_block

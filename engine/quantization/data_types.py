@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
-
-MIN_BITS, MAX_BITS = 2, 8
+from engine.quantization.limits import MAX_BITS, MIN_BITS
 
 
 @dataclass(frozen=True, eq=False)

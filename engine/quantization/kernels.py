@@ -7,7 +7,8 @@ reference.
 Codes and scales are those of bitsandbytes' CUDA kernels to the bit, which decides three things that the reference does
 otherwise: the inverse of the largest magnitude is the chip's fast one (within one unit in the last place), numbers
 below 2^−126 count as 0, and FP4 compares magnitudes, with thresholds rounded to a few digits. Blocks of zeros get NF4's
-lowest code, since 0/0 is above no threshold; times their scale it is 0 all the same.
+lowest code, since 0/0 is above no threshold. Times their scale of 0 that is 0; but a scale that is quantized itself is
+not 0 any more, so that with double quantization a block of zeros comes back as that small scale's negative.
 
 Legend: N weights, S weights of a block, G blocks, P blocks of one program.
 """

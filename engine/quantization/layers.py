@@ -82,8 +82,8 @@ def select_layers(model: nn.Module, objection: Objection | None = None) -> Selec
             else:
                 left.append(LeftAlone(name, tuple(parameter.shape), parameter.nbytes, reason))
     if not chosen:
-        there = "; ".join(f"{entry.name}: {entry.reason}" for entry in left[:3]) or "it has no matrices"
-        raise InputError(f"The model has no linear layer to quantize: {there}.".replace("..", "."))
+        there = "; ".join(f"{entry.name}: {entry.reason.removesuffix('.')}" for entry in left[:3])
+        raise InputError(f"The model has no linear layer to quantize: {there or 'it has no matrices'}.")
     return Selection(chosen, tuple(left))
 
 

@@ -117,7 +117,8 @@ def int8_product(x: Tensor, weight: QuantizedTensor, threshold: float = THRESHOL
         threshold: from which magnitude on an activation is an outlier; 0 for none.
 
     Raises:
-        InputError: the weight is no int8 matrix with a scale for each output, or a threshold below 0 or NaN.
+        InputError: the weight is no int8 matrix with a scale for each output, activations that are not finite or have
+            another number of inputs, or a threshold below 0 or NaN.
 
     Source: Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339; bitsandbytes' `Linear8bitLt`.
     """
@@ -126,9 +127,12 @@ def int8_product(x: Tensor, weight: QuantizedTensor, threshold: float = THRESHOL
             f"The weight is {weight.data_type.name} {weight.grouping} of shape {tuple(weight.shape)}: "
             "quantize a matrix to int8 per channel."
         )
-    if not threshold >= 0:
+    check_threshold(threshold)
+    check_weights(x, "The activations")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise InputError(
-            f"The threshold is {threshold}: give a magnitude above 0, such as {THRESHOLD:g}, or 0 for no outliers."
+            f"The activations have the shape {tuple(x.shape)}, the weight {tuple(weight.shape)}: give "
+            f"{weight.shape[1]} inputs in the last dimension."
         )
     rows = x.reshape(-1, x.shape[-1]).float()  # (B, I)
     outlying = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
@@ -140,6 +144,18 @@ def int8_product(x: Tensor, weight: QuantizedTensor, threshold: float = THRESHOL
     product = product.float() * scaled.scales[:, None] * weight.scales  # (B, O)
     product += rows[:, columns] @ weight.dequantize()[:, columns].float().T
     return Int8Product(product.to(x.dtype).view(*x.shape[:-1], -1), columns)
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold of activations that is below 0 or NaN.
+
+    Raises:
+        InputError: it is.
+    """
+    if not threshold >= 0:
+        raise InputError(
+            f"The threshold is {threshold}: give a magnitude above 0, such as {THRESHOLD:g}, or 0 for no outliers."
+        )
 
 
 def _check_matrix(w: Tensor) -> None:

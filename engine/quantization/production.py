@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.quantization.layers import LeftAlone, Objection, Selection, copy_without_weights, select_layers
-from engine.quantization.outliers import THRESHOLD
+from engine.quantization.outliers import THRESHOLD, check_threshold
 from engine.quantization.tensor import check_weights, kernels_for
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def quantize_model_8bit(model: nn.Module, threshold: float = THRESHOLD) -> nn.Mo
         threshold: from which magnitude on an activation is multiplied in full; 0 for never.
 
     Raises:
-        InputError: as `quantize_model_4bit`.
+        InputError: a threshold below 0 or NaN, or as `quantize_model_4bit`.
     """
+    check_threshold(threshold)
 
     def make(linear: nn.Linear) -> nn.Module:
         from bitsandbytes.nn import Int8Params, Linear8bitLt

@@ -137,6 +137,10 @@ class Grid:
     def fit(cls, groups: Tensor, data_type: DataType) -> Grid:
         """The grid that just holds every weight of `groups` (G, S): the largest falls on the last level.
 
+        Where the largest is below 10⁻³⁸ times the last level, no inverse that float32 holds takes it there: such a
+        group comes out smaller than it was. bitsandbytes' CPU kernels do so to the same number in NF4; its CUDA
+        kernels, and ours, take magnitudes below 2⁻¹²⁶ for 0.
+
         An asymmetric one reaches from the smallest to the largest weight, and always holds zero exactly. Where that is
         further than float32 reaches, its scale is infinite, which `store` refuses.
         """
@@ -210,7 +214,8 @@ def quantize(
     Source: block-wise absmax as in bitsandbytes 0.50, `quantize_4bit`: same codes, same scales, same values for NF4 and
     its FP4. Within the last block of a tensor that S does not divide, its CPU kernel divides by the scale where it
     multiplies by the inverse elsewhere; here and on CUDA the inverse is used throughout. On CUDA codes are those of its
-    CUDA kernels, which differ from the CPU's in what `engine.quantization.kernels` lists.
+    CUDA kernels, which differ from the CPU's in what `engine.quantization.kernels` lists: among it that with double
+    quantization a block of zeros is not 0 in NF4.
     """
     chosen = data_type(to) if isinstance(to, str) else to
     grouping = grouping or per_block()

@@ -1,6 +1,7 @@
 """The quantization lab's experiments on weights: what the page says of them is what the engine does to them."""
 
-import math
+import itertools
+import re
 import subprocess
 import sys
 import time
@@ -173,8 +174,7 @@ class TestWeights:
 
     def test_the_error_of_each_block_and_the_block_of_each_error(self):
         found = look(bits=2, block_size=16)
-        assert len(found.block_errors) == len(found.worst_blocks) <= quantization.ENTRIES
-        assert found.blocks_per_entry == math.ceil(found.num_blocks / quantization.ENTRIES) > 1
+        assert len(found.block_errors) == len(found.worst_blocks) == quantization.ENTRIES
         for entry in (0, 100, len(found.block_errors) - 1):
             block = look(bits=2, block_size=16, block=int(found.worst_blocks[entry])).block
             assert block.rms_error == pytest.approx(found.block_errors[entry], rel=1e-5)
@@ -182,13 +182,31 @@ class TestWeights:
         worst = found.worst_blocks[found.block_errors.argmax()]
         assert look(bits=2, block_size=16, block=int(worst)).block.worst
 
+    @pytest.mark.parametrize(
+        ("values", "blocks"),
+        [({}, 3072), ({"source": "normal"}, 1024), ({"source": "normal", "scale": "per tensor"}, 1)],
+    )
+    def test_an_entry_is_the_worst_of_the_blocks_between_its_edges(self, values, blocks):
+        """With 3,072 and 1,024 blocks, which 240 does not divide."""
+        found = look(**values)
+        params = quantization.Params(**values)
+        weights = _quantization_source.read_weights(params, LocalJob())
+        stored = weights.quantize(params)
+        errors = stored.grouping.split(stored.dequantize() - weights.values).square().mean(1).sqrt().numpy()
+        edges = found.block_edges
+        assert (edges[0], edges[-1], len(edges)) == (0, blocks, min(blocks, quantization.ENTRIES) + 1)
+        for entry, (first, end) in enumerate(itertools.pairwise(edges)):
+            assert first <= found.worst_blocks[entry] < end
+            assert found.block_errors[entry] == pytest.approx(errors[first:end].max(), rel=1e-5)
+        assert found.median_error == pytest.approx(np.median(errors), rel=1e-5)
+
     @pytest.mark.parametrize("data_type", ["NormalFloat", "Integer"])
     def test_the_error_of_a_last_block_that_is_not_full(self, data_type):
         """The zeros that fill it up have no error and are not counted."""
-        settings = {"source": "normal", "block_size": 100, "bits": 3, "data_type": data_type}
-        found = look(**settings, block=655)
-        assert (found.num_blocks, found.block.index, found.block.size) == (656, 655, 36)
-        assert len(found.block.error) == 36
+        settings = {"source": "normal", "block_size": 300, "bits": 3, "data_type": data_type}
+        found = look(**settings, block=218)
+        assert (found.num_blocks, found.block.index, found.block.size) == (219, 218, 136)
+        assert len(found.block.error) == 136
         assert found.block.rms_error == pytest.approx(np.sqrt(np.square(found.block.error).mean()), rel=1e-5)
         assert found.block_errors[-1] == pytest.approx(found.block.rms_error)
 
@@ -328,6 +346,35 @@ class TestRates:
         signal = {point.name: point.sqnr_db for point in rates(source="normal").points}
         assert signal["nf4"] > signal["int4"] > signal["fp4-bnb"]
 
+    @pytest.mark.parametrize("values", [{"outliers": 0.02}, {"outliers": 0.05, "scale": "per channel"}])
+    def test_a_split_of_outlier_columns_saves_the_others_for_its_bits(self, values):
+        """LLM.int8's, on a stored matrix: all columns with a weight beyond six standard deviations in 16 bits."""
+        values = {"source": "normal with outliers"} | values
+        found = rates(**values)
+        split = {point.bits: point for point in found.points if point.family == quantization_rates.SPLIT}
+        plain = {point.bits: point for point in found.points if point.family == "Integer"}
+        assert split.keys() == plain.keys()
+        weights = _quantization_source.read_weights(quantization.Params(**values), LocalJob()).values
+        columns = (weights.abs() >= 6 * weights.std()).any(0).sum().item()
+        for bits, point in split.items():
+            assert point.sqnr_db > plain[bits].sqnr_db
+            rest = 1 - columns / 256
+            scales = 32 / 256 if values.get("scale") else rest * 32 / 64
+            places = 32 * columns / 65536
+            assert point.bits_per_weight == pytest.approx(16 * (1 - rest) + bits * rest + scales + places, rel=1e-3)
+            assert not point.current
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"source": "normal"},
+            {"source": "normal with outliers", "outliers": 5},
+            {"source": "normal with outliers", "double_quantization": True},
+        ],
+    )
+    def test_without_columns_to_tell_apart_there_is_no_split(self, values):
+        assert quantization_rates.SPLIT not in {point.family for point in rates(**values).points}
+
     def test_cancelled(self):
         job = LocalJob()
         job._on_progress = lambda progress: setattr(job, "cancelled", True)
@@ -346,6 +393,22 @@ class TestSentences:
     )
     def test_of_a_block(self, values, words):
         assert look(**values).block_sentence.startswith(words)
+
+    @pytest.mark.parametrize("source", DRAWN)
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_what_sets_the_scale_is_measured_on_all_weights_of_it(self, source, symmetric):
+        values = {"source": source, "scale": "per tensor", "data_type": "Integer", "symmetric": symmetric}
+        weights = _quantization_source.read_weights(quantization.Params(**values), LocalJob()).values
+        width = weights.abs().max() if symmetric else weights.max() - weights.min()
+        said = look(**values).block_sentence
+        assert ("set by the largest" if symmetric else "set by their range with 0") in said
+        times = float(re.search(r"([\d.]+) times", said)[1])
+        assert times == pytest.approx((width / weights.std()).item(), abs=0.06)
+
+    def test_of_a_block_of_one(self):
+        found = look(source="normal", block_size=3, block=21845)
+        assert found.block.size == 1
+        assert "has 1 weight with one scale; its error is" in found.block_sentence
 
     def test_of_weights_that_lose_nothing(self, tiny, tmp_path):
         """Constant weights are the largest of their block, each of them, and the largest is a level."""

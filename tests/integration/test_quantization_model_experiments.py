@@ -16,6 +16,7 @@ from engine.data import TokenBlocks
 from engine.errors import InputError, JobCancelledError
 from engine.experiments import (
     _quantization_perplexity,
+    _quantization_source,
     parse,
     quantization,
     quantization_map,
@@ -27,7 +28,7 @@ from engine.generation import generate
 from engine.pretraining.run import read_stories
 from engine.quantization.grouping import per_block
 from engine.quantization.methods import quantize_layers
-from engine.quantization.perplexity import measure_perplexity, read_blocks
+from engine.quantization.perplexity import Perplexity, measure_perplexity, read_blocks
 from engine.runtime.jobs import LocalJob
 from tests.tiny_models import save
 
@@ -92,7 +93,11 @@ class TestModel:
             assert by_method[better].output_error < by_method["rounding"].output_error
         for point in (found.original, *found.points):
             assert _quantization_perplexity.in_words(point.perplexity) in found.sentence
-        for way in ("GPTQ (2.50)", "AWQ (2.55)", "rounding (2.50)"):  # AWQ has a scale for each input besides
+        for way in (
+            "GPTQ (2.50)",
+            "AWQ (2.55)",
+            "round to nearest (RTN) (2.50)",
+        ):  # AWQ has a scale for each input besides
             assert way in found.sentence
         assert "e+" not in found.sentence
         assert found.calibration_tokens == 4096
@@ -236,10 +241,13 @@ class TestModel:
         with pytest.raises(ValueError, match=next(iter(values))):
             sweep(**values)
 
-    def test_a_perplexity_beyond_all_numbers(self):
-        assert _quantization_perplexity.perplexity_of(1e4) == math.inf
-        assert math.isnan(_quantization_perplexity.perplexity_of(math.nan))
-        assert _quantization_perplexity.perplexity_of(2.0) == pytest.approx(math.exp(2))
+    @pytest.mark.parametrize("loss", [1e4, math.nan])
+    def test_a_model_without_a_finite_perplexity_is_said_to_have_none(self, tiny, monkeypatch, loss):
+        monkeypatch.setattr(_quantization_perplexity, "measure", lambda *_: Perplexity(loss, 2 * 64, (loss, loss)))
+        found = sweep(model=tiny, text=OWN)
+        assert not math.isfinite(found.original.perplexity)
+        assert found.sentence.startswith("Even as it is, the model has no finite perplexity on this text")
+        assert not re.search(r"\b(nan|inf)\b", found.sentence)
 
     @pytest.mark.parametrize(
         ("value", "words"),
@@ -272,6 +280,30 @@ class TestMap:
         assert np.isnan(found.sqnr_db).sum() == found.names[-1].count("") + 3
         assert found.done == found.total == 22
 
+    def test_no_two_layers_have_one_place(self):
+        layers = [
+            *(
+                f"{stack}.layers.{number}.{kind}"
+                for stack in ("encoder", "decoder")
+                for number in (0, 1)
+                for kind in "ab"
+            ),
+            "pooler.dense",
+            "cls.transform.dense",
+        ]
+        places = _quantization_source.places_of(layers)
+        assert list(places) == layers
+        assert len(set(places.values())) == len(layers)
+        assert places["encoder.layers.1.b"] == ("encoder 1", "b")
+        assert places["cls.transform.dense"] == ("outside", "cls.transform.dense")
+        assert _quantization_source.places_of(["model.layers.3.mlp.up_proj"]) == {
+            "model.layers.3.mlp.up_proj": ("3", "mlp.up_proj")
+        }
+
+    def test_every_layer_of_an_encoder_is_on_the_map(self):
+        found = quantization_map.run(quantization_map.Params(model=MINILM), LocalJob())
+        assert sum(name != "" for row in found.names for name in row) == found.done == found.total
+
     def test_it_grows_and_can_be_stopped(self):
         shown = []
         job = LocalJob(on_show=shown.append)
@@ -293,8 +325,23 @@ class TestSensitivity:
         part = found.parts[found.kinds.index("self_attn.o_proj")]
         assert part.perplexity == pytest.approx(measure_perplexity(alone, text.blocks).value, rel=1e-4)
         assert part.increase == pytest.approx(part.perplexity / found.original_perplexity - 1)
+        assert found.text_blocks == 1
+        assert math.isnan(part.error)
         assert part.weights == 6 * 256 * 256
         assert found.quantized_perplexity > max(one.perplexity for one in found.parts)
+
+    def test_every_change_has_its_standard_error_over_the_text(self):
+        found = sensitivity(unit="kind", bits=3, tokens=1024)
+        model = pretrained.load()
+        text = _quantization_perplexity.read_text(quantization_model.Params(tokens=1024), model)
+        assert found.text_blocks == len(text.blocks) == 4
+        alone = quantize_layers(model.model, "nf3", per_block(64), layers=lambda name: name.endswith("v_proj"))
+        before, after = (
+            torch.tensor([measure_perplexity(each, TokenBlocks(row[None])).loss for row in text.blocks.ids])
+            for each in (model.model, alone)
+        )
+        part = found.parts[found.kinds.index("self_attn.v_proj")]
+        assert part.error == pytest.approx((1 + part.increase) * (after - before).std().item() / 2, rel=1e-2)
 
     def test_the_sentence_says_by_how_much(self, tiny):
         found = sensitivity(model=tiny, text=OWN, unit="kind", bits=2)
@@ -321,7 +368,7 @@ class TestSensitivity:
     )
     def test_the_sentence_reads_well(self, unit, costs, everything, said):
         parts = [
-            quantization_sensitivity.PartCost(f"part{i}", "", "", 1, 5 * (1 + cost), cost, 0.0)
+            quantization_sensitivity.PartCost(f"part{i}", "", "", 1, 5 * (1 + cost), cost, 0.0, 0.0)
             for i, cost in enumerate(costs)
         ]
         total = None if everything is None else 5 * (1 + everything)

@@ -10,6 +10,7 @@ from ui import theme
 from ui.charts import quantization as charts
 from ui.charts import quantization_layers as maps
 from ui.charts import quantization_rates as rates
+from ui.charts import quantization_speed as speed
 from ui.charts.quantization_rates import PerplexityPoint, RatePoint
 
 MODES = ["light", "dark"]
@@ -138,32 +139,25 @@ class TestBlock:
 
 
 class TestStrip:
-    @pytest.mark.parametrize("count", [1, 7, 240, 241, 2000])
-    @pytest.mark.parametrize("most", [1, 10, 240])
-    def test_a_group_is_as_bright_as_its_worst(self, count, most):
-        values = np.random.default_rng(count).uniform(size=count)
-        grouped, worst = charts.grouped_worst(values, most)
-        assert len(grouped) == min(count, most)
-        np.testing.assert_array_equal(values[worst], grouped)
-        assert grouped.max() == values.max()
-        assert (np.diff(worst) > 0).all()
-
-    @pytest.mark.parametrize(("groups", "blocks"), [(1, 2), (16, 16), (240, 3072), (240, 98304)])
-    def test_the_cells_name_their_blocks_without_gaps(self, groups, blocks):
-        fig = charts.block_errors(np.ones(groups), blocks, 0)
+    @pytest.mark.parametrize("edges", [[0, 2], list(range(17)), [0, 12, 25, 38, 51], list(range(0, 99_000, 400))])
+    def test_the_cells_name_their_blocks(self, edges):
+        fig = charts.block_errors(np.ones(len(edges) - 1), np.array(edges), 0)
         texts = [
             text.replace(",", "").replace("blocks ", "").replace("block ", "") for text in fig.data[0].customdata[0]
         ]
         spans = [tuple(int(end) for end in text.split(" to ")) for text in texts]
-        assert spans[0][0] == 0
-        assert spans[-1][-1] == blocks - 1
-        assert all(after[0] == before[-1] + 1 for before, after in pairwise(spans))
+        assert [(span[0], span[-1] + 1) for span in spans] == list(pairwise(edges))
         assert len(fig.layout.xaxis.tickvals) <= 10
+        marks = zip(fig.layout.xaxis.tickvals, fig.layout.xaxis.ticktext, strict=True)
+        assert all(int(text.replace(",", "")) == edges[place] for place, text in marks)
 
-    def test_the_frame_is_on_the_chosen_group(self):
-        (frame,) = charts.block_errors(np.ones(240), 480, 17).layout.shapes
-        assert frame.x0 < 17 < frame.x1
-        assert not charts.block_errors(np.ones(240), 480, None).layout.shapes
+    @pytest.mark.parametrize("chosen", [0, 11, 12, 24, 25, 50])
+    def test_the_frame_is_on_the_group_of_the_chosen_block(self, chosen):
+        edges = np.array([0, 12, 25, 38, 51])
+        (frame,) = charts.block_errors(np.ones(4), edges, chosen).layout.shapes
+        place = round((frame.x0 + frame.x1) / 2)
+        assert edges[place] <= chosen < edges[place + 1]
+        assert not charts.block_errors(np.ones(4), edges, None).layout.shapes
 
 
 @pytest.mark.parametrize("count", [1, 5, 128, 129, 4096])
@@ -271,6 +265,13 @@ class TestPerplexities:
         ranges = {rates.perplexities(SWEEP[:count], None, (2, 9)).layout.xaxis.range for count in range(len(SWEEP) + 1)}
         assert len(ranges) == 1
 
+    @pytest.mark.parametrize("original", [math.inf, math.nan])
+    @pytest.mark.parametrize("points", [[], SWEEP])
+    def test_an_original_that_is_no_number_has_no_line(self, original, points):
+        fig = rates.perplexities(points, original, (2, 9))
+        assert not fig.layout.shapes
+        assert all(map(math.isfinite, fig.layout.yaxis.range))
+
     @pytest.mark.parametrize("worst", [5.0001, 50.0, 5e6, math.inf])
     def test_all_finite_points_are_seen_and_noise_is_no_cliff(self, worst):
         point = PerplexityPoint("rounding", "Integer", 2, 2.5, worst)
@@ -308,6 +309,17 @@ class TestLayers:
         assert (frame.x0, frame.x1, frame.y0, frame.y1) == (1.5, 2.5, -0.5, 0.5)
         assert len(fig.layout.yaxis.ticktext) <= 16
 
+    def test_long_names_have_room(self):
+        def margins(block, kind):
+            fig = maps.layer_map(np.ones((1, 1)), [block], [kind], title="", tickformat="", hover=[["x"]])
+            return fig.layout.margin.l, fig.layout.margin.b
+
+        (left, below), (more_left, more_below) = margins("0", "q_proj"), margins("encoder 11", "attention.output.dense")
+        assert more_left > left
+        assert more_below > below
+        bars = [rates.ranking([name], [1.0], unit="%").layout.margin.l for name in ("layer 3, q_proj", "encoder " * 5)]
+        assert bars[1] > bars[0]
+
     def test_small_differences_stay_small(self):
         values = np.array([[0.0910, 0.0911]])
         trace = maps.layer_map(values, ["0"], ["a", "b"], title="", tickformat="", hover=[["", ""]]).data[0]
@@ -325,3 +337,11 @@ class TestLayers:
         assert list(bars.x) == [3.0, 1.0, -2.0]
         assert fig.layout.yaxis.range[0] > fig.layout.yaxis.range[1]
         assert bars.marker.color[0] == bars.marker.color[1] != bars.marker.color[2]
+
+
+def test_throughput_is_a_bar_for_each_way_and_a_copy_above():
+    fig = speed.throughput(["a", "b"], {"theirs": [200, 250], "ours": [900, 1000]}, [3000, 4000])
+    theirs, ours, copy = fig.data
+    assert (list(theirs.y), list(ours.y), list(copy.y)) == ([200, 250], [900, 1000], [3000, 4000])
+    assert theirs.marker.color != ours.marker.color
+    assert list(ours.x) == list(copy.x) == ["a", "b"]

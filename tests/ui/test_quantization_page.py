@@ -3,21 +3,27 @@
 import json
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import streamlit as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.experiments import quantization, quantization_model
+import engine
+from engine.experiments import quantization, quantization_model, quantization_sensitivity
+from engine.experiments._quantization_speed import recorded_throughput
 from tests.ui.lab_pages import SECONDS, finished, words
 from ui import clicks
 from ui.labs import LABS, QUANTIZATION
-from ui.quantization import layer_map, model, predict, sentences, settings
+from ui.quantization import layer_map, model, predict, sentences, settings, speed
 from ui.quantization.explore import VIEWS
 from ui.quantization.side_by_side import continuation, heads_sentence
 
 RUN = "_run_quantization_run"
+STORYTELLER = Path(engine.__file__).parent / "storyteller"
 
 
 @pytest.fixture
@@ -100,17 +106,32 @@ class TestWeights:
         assert app.session_state[RUN].problem is None
         assert app.session_state[RUN].result_params.block == -1
 
-    def test_the_strip_opens_the_worst_block_of_a_place(self, lab):
-        app = lab()
-        result = found(app)
-        from ui.charts.quantization import grouped_worst
-
-        values, entries = grouped_worst(result.block_errors, 240)
-        assert values.max() == result.block_errors.max()
-        number = int(result.worst_blocks[entries[values.argmax()]])
-        app.number_input(key="quantization_block").set_value(number)
+    @pytest.mark.parametrize("query", [{}, {"source": "normal"}], ids=["3,072 blocks", "1,024 blocks"])
+    def test_the_strip_frames_the_place_that_it_opens(self, lab, clicked_strip, query):
+        """At the brightest cell and at another: cells hold 12 or 13 blocks of 3,072, 4 or 5 of 1,024."""
+        app = lab(**query)
+        assert len(found(app).block_errors) == 240
+        for place in (found(app).block_errors.argmax(), 97):
+            app.session_state["place"] = int(place)
+            app.run()
+            app.button(key="cell").click()
+            finished(app)
+            result, drawn = found(app), spec(app, "quantization_strip")
+            assert result.block.index == result.worst_blocks[place]
+            (frame,) = drawn["layout"]["shapes"]
+            assert (frame["x0"] + frame["x1"]) / 2 == place
+            first, last = re.fullmatch(
+                r"blocks ([\d,]+) to ([\d,]+)", drawn["data"][0]["customdata"][0][place]
+            ).groups()
+            assert int(first.replace(",", "")) <= result.block.index <= int(last.replace(",", ""))
+        app.button(key="_quantization_worst").click()
         finished(app)
-        assert found(app).block.worst
+        (frame,) = spec(app, "quantization_strip")["layout"]["shapes"]
+        assert (frame["x0"] + frame["x1"]) / 2 == found(app).block_errors.argmax()
+
+    def test_the_last_block_of_a_size_that_does_not_divide_is_said_to_be_filled_up(self, lab):
+        assert "filled up with 64 zeros, which cost no bits" in words(lab(source="normal", block_size=100))
+        assert "filled up" not in words(lab(source="normal"))
 
     def test_pinned_and_current_share_their_axes(self, lab):
         app = lab(pin='{"bits":2,"scale":"per tensor"}', bits=8)
@@ -128,10 +149,27 @@ class TestWeights:
         assert ":green-badge" in words(app)
         assert "differ" in words(lab(data_type="FP4 (bitsandbytes)"))
 
+    def test_values_that_differ_are_not_called_the_same(self, lab):
+        app = lab(source="normal", double_quantization="true")
+        checked = app.session_state["_run_quantization_crosscheck"].result
+        assert (":green-badge" in words(app)) == (checked.differing_values == 0)
+        assert checked.sentence in words(app)
+
     def test_what_bitsandbytes_does_not_have_is_said(self, lab):
         app = lab(data_type="Integer")
         assert found(app).crosscheck in words(app)
         assert "_run_quantization_crosscheck" not in app.session_state
+
+
+@pytest.fixture
+def clicked_strip(monkeypatch):
+    """Stands for a click on the strip's cell that the session names as ``place``."""
+
+    def cell(key, then, **_):
+        if key == "quantization_strip":
+            st.button("cell", key="cell", on_click=lambda: then(st.session_state["place"], 0))
+
+    monkeypatch.setattr(clicks, "on_cell_click", cell)
 
 
 class TestControls:
@@ -295,6 +333,11 @@ class TestModel:
         assert not app.progress
         assert "Data type" not in labels(app)
 
+    def test_the_invitation_promises_no_more_tokens_than_there_may_be(self, lab):
+        assert "reads up to 2,048 tokens of stories each time" in words(lab(view="Model"))
+        own = "The cat sat on the mat and the dog ran to the big red house. " * 8
+        assert "reads up to 512 tokens of your text each time" in words(lab(view="Model", text=own, tokens=512))
+
     def test_a_sweep_ends_with_its_points(self, lab):
         app = lab(view="Model", methods="rounding", data_types="NormalFloat", widths=8, tokens=256)
         app.button(key="_quantization_model_start").click()
@@ -352,6 +395,33 @@ class TestSensitivity:
     def test_many_bits_are_advised_against(self, lab):
         assert "try 3 or 2" in words(lab(view="Sensitivity"))
         assert "try 3 or 2" not in words(lab(view="Sensitivity", bits=2))
+
+
+class TestSpeed:
+    def test_the_recording_is_drawn_and_told(self, lab):
+        app = lab(view="Speed")
+        recorded = recorded_throughput()
+        drawn = spec(app, "quantization_speed_quantize")["data"]
+        theirs, whole, kernel, copy = drawn
+        for trace, way in ((theirs, "bitsandbytes"), (whole, "quantize()"), (kernel, "kernel")):
+            assert trace["y"] == [
+                one.gb_per_s
+                for one in recorded.measured
+                if (one.operation, one.way, one.data_type) == ("quantize", way, "nf4")
+            ]
+        assert copy["y"] == list(recorded.copies.values())
+        assert recorded.provenance in words(app)
+        assert "reached on every tensor by the kernel alone" in words(app)
+
+    def test_a_target_is_reached_by_what_reaches_it(self):
+        recorded = recorded_throughput()
+        for name in ("nf4", "fp4-bnb"):
+            (slow, _), (fast, _) = (recorded.speedups(way, name) for way in ("quantize()", "kernel"))
+            assert slow < 4 <= fast
+            assert f"{slow:.1f} to" in speed.quantizing(recorded, name)
+            assert f"{fast:.1f} to" in speed.quantizing(recorded, name)
+            slower = replace(recorded, measured=[replace(one, gb_per_s=100.0) for one in recorded.measured])
+            assert "by neither" in speed.quantizing(slower, name)
 
 
 class TestSideBySide:
@@ -432,6 +502,7 @@ class TestCodeAndTests:
         said = [block.value for block in lab(tab="Code").code]
         assert any("def normal_float" in code for code in said)
         assert any("def quantize_gptq" in code for code in said)
+        assert any("def int8_product" in code for code in said)
 
     @pytest.mark.parametrize("query", [{}, {"data_type": "Integer", "symmetric": "false", "source": "uniform"}])
     def test_every_property_holds(self, lab, query):
@@ -452,19 +523,60 @@ def test_starts_fit_on_their_cards():
 
 
 def test_views_are_named_once():
-    assert len(set(VIEWS)) == len(VIEWS) == 6
+    assert len(set(VIEWS)) == len(VIEWS) == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("block", "kind", "said"),
+    [("3", "q_proj", "layer 3, q_proj"), ("encoder 3", "fc1", "encoder 3, fc1"), ("outside", "lm_head", "lm_head")],
+)
+def test_a_layer_has_a_short_name(block, kind, said):
+    assert sentences.layer_label(block, kind) == said
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
     [
-        ("model.layers.3.self_attn.q_proj", "layer 3, q_proj"),
-        ("layers.10.mlp.up_proj", "layer 10, up_proj"),
-        ("lm_head", "lm_head"),
+        (["self_attn.q_proj", "mlp.up_proj", "lm_head"], ["q_proj", "up_proj", "lm_head"]),
+        (
+            ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense", "pooler.dense"],
+            ["query", "attention.output.dense", "intermediate.dense", "output.dense", "pooler.dense"],
+        ),
+        (["a.b.w", "c.b.w"], ["a.b.w", "c.b.w"]),
     ],
 )
-def test_a_layer_has_a_short_name(name, said):
-    assert sentences.layer_label(name) == said
+def test_kinds_are_told_apart_by_their_last_parts(kinds, said):
+    assert sentences.kind_labels(kinds) == said
+    assert len(set(said)) == len(said)
+
+
+@pytest.fixture
+def constant(tmp_path):
+    """A model with a layer that every format holds exactly."""
+    source = AutoModelForCausalLM.from_pretrained(STORYTELLER)
+    source.model.layers[0].mlp.down_proj.weight.data.fill_(-0.25)
+    source.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(STORYTELLER).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_an_exact_layer_has_no_distance_to_the_bound(lab, constant):
+    app = lab(model=constant)
+    assert [metric.value for metric in app.metric[:3:2]] == ["exact", "—"]
+    assert "nothing left" not in words(app)
+
+
+@pytest.mark.parametrize(
+    ("now", "fewer", "said"),
+    [
+        (20.0, 14.0, "the bit was worth 6.0 dB. At the bound for Gaussian weights each bit is worth 6.0 dB"),
+        (float("inf"), float("inf"), "these weights are held exactly without that bit as well as with it"),
+        (float("inf"), 14.0, "with that bit they are held exactly"),
+        (14.0, float("inf"), "these weights are held exactly without that bit"),
+    ],
+)
+def test_what_a_bit_is_worth_where_nothing_is_lost(now, fewer, said):
+    assert predict.worth(now, fewer) == said
 
 
 @pytest.mark.parametrize(
@@ -490,31 +602,54 @@ def test_perplexities_have_no_powers_of_ten(value, said):
         (5.0, 4.0, "falls by 20.0%"),
         (5.0, 50.0, "is 10 times as high"),
         (5.0, float("inf"), "is beyond counting"),
+        (float("nan"), 5.0, "has nothing to be compared with"),
     ],
 )
 def test_a_change_of_perplexity_in_words(before, after, said):
     assert sentences.change(before, after) == said
 
 
+def sensitive(*changes, blocks=8):
+    parts = [
+        quantization_sensitivity.PartCost(f"layer{i}", "0", "k", 1, 5 * (1 + increase), increase, error, 0.0)
+        for i, (increase, error) in enumerate(changes)
+    ]
+    return SimpleNamespace(parts=parts, text_blocks=blocks)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    ("increases", "said"),
+    ("changes", "said"),
     [
-        ([0.5, 0.02, 0.01, -0.02, -0.001], ["2 of 5, by up to 2.00%", "told from chance: 2.", "Clearly hurt: 1."]),
-        ([-0.1, 0.05], ["1 of 2, by up to 10.00%", "told from chance: 1.", "Clearly hurt: 0."]),
-        ([0.1, 0.0], ["all 2"]),
         (
-            [0.5, float("nan"), 0.01, -0.02, float("inf")],
-            ["1 of 5, by up to 2.00%", "told from chance: 1.", "Clearly hurt: 3, 2 of them blank:"],
+            [(0.5, 0.1), (0.02, 0.02), (0.01, 0.001), (-0.02, 0.001), (-0.001, 0.01)],
+            [
+                "Of 5 layers 3 raise the perplexity (blue), 2 lower it (orange).",
+                "8 blocks",
+                ": 2 raise it, 1 lower it.",
+            ],
         ),
-        ([float("nan"), -0.1, 0.05], ["1 of 3, by up to 10.00%", "told from chance: 1.", "hurt: 1, 1 of them blank:"]),
-        ([0.1, float("inf"), 0.0], ["raise the perplexity: 2 of 3.", "Clearly hurt: 1, left blank:"]),
-        ([float("nan"), float("inf")], ["None of the 2 layers", "finite perplexity"]),
+        (
+            [(0.0, 0.0), (0.0, 0.0), (0.01, 0.001)],
+            ["1 raise", "0 lower", "2 leave it as it is", ": 1 raise it, 0 lower"],
+        ),
+        ([(0.5, 0.1), (NAN, NAN), (INF, NAN)], ["Of 3 layers 1 raise", "2 leave no finite", ": 1 raise it, 0 lower"]),
+        ([(NAN, NAN), (INF, NAN)], ["None of the 2 layers", "finite perplexity"]),
     ],
 )
-def test_a_rise_no_larger_than_a_fall_may_be_chance(increases, said):
-    sentence = sentences.chance_sentence(increases)
-    assert all(part in sentence for part in said)
+def test_harm_is_told_from_chance_by_how_much_the_text_disagrees(changes, said):
+    sentence = sentences.chance_sentence(sensitive(*changes))
+    assert all(part in sentence for part in said), sentence
     assert not re.search(r"\b(nan|inf)", sentence)
+
+
+@pytest.mark.parametrize(("blocks", "said"), [(1, "one block"), (7, "7 blocks")])
+def test_a_short_text_cannot_tell_harm_from_chance(blocks, said):
+    sentence = sentences.chance_sentence(sensitive((0.5, 0.001), blocks=blocks))
+    assert f"The text has {said}, too few" in sentence
+    assert "standard errors" not in sentence
 
 
 @pytest.mark.parametrize(("size", "share"), [(20, 0.29), (100, 0.91)])

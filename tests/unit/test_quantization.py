@@ -56,6 +56,14 @@ class TestContract:
         assert nf4.mean_absolute < 0.85 * uniform.mean_absolute
 
     @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("name", ["nf4", "nf3", "int4", "int8", "uint4", "fp4-bnb", "fp4-e2m1", "fp8-e4m3"])
+    @pytest.mark.parametrize("double_quantization", [False, True])
+    def test_a_block_of_zeros_among_others_stays_zero(self, seed, name, double_quantization):
+        w = normal(seed, 512, 64)
+        w[17] = 0
+        assert (quantize(w, name, double_quantization=double_quantization).dequantize()[17] == 0).all()
+
+    @pytest.mark.parametrize("seed", SEEDS)
     def test_double_quantization_is_smaller_and_hardly_worse(self, seed):
         w = normal(seed, 1024, 1024)
         single, double = quantize_4bit(w), double_quantize_4bit(w)
@@ -394,6 +402,19 @@ class TestOutliers:
                 InputError, match=rf"threshold is {threshold}: give a magnitude .*, or 0 for no outliers"
             ):
                 int8_product(torch.ones(2, 4), quantize(torch.ones(3, 4), "int8", per_channel()), threshold)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("threshold", [0.0, 6.0])
+    def test_activations_that_are_not_finite_are_called_activations(self, value, threshold):
+        x, weight = normal(0, 2, 8), quantize(normal(1, 3, 8), "int8", per_channel())
+        x[0, 3] = value
+        with pytest.raises(InputError, match=rf"^The activations hold {value} at index \[0, 3\]"):
+            int8_product(x, weight, threshold)
+
+    @pytest.mark.parametrize("shape", [(2, 7), (7,), ()])
+    def test_activations_of_another_width_are_refused(self, shape):
+        with pytest.raises(InputError, match=r"activations have the shape .*give 8 inputs in the last dimension"):
+            int8_product(torch.ones(shape), quantize(normal(1, 3, 8), "int8", per_channel()))
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_a_product_with_outliers_needs_the_split(self, seed):

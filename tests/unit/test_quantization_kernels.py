@@ -21,7 +21,7 @@ from engine.model import Decoder, ModelConfig
 from engine.quantization.data_types import data_type
 from engine.quantization.grouping import per_block
 from engine.quantization.production import get_model_memory_mb, quantize_model_4bit, quantize_model_8bit
-from engine.quantization.tensor import quantize
+from engine.quantization.tensor import QuantizedTensor, _quantize_scales, quantize
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,6 +124,24 @@ def check_zeros_and_denormals(device):
         payload, absmax = kernels.quantize_blocks(constant, name, 64)
         back = kernels.dequantize_blocks(payload, absmax, levels(name).to(device), 64, constant.shape, torch.float32)
         assert torch.equal(back, constant)
+
+
+def check_zeros_among_others(device):
+    """With scales of their own they are 0; a scale that is quantized itself leaves NF4's lowest level."""
+    from engine.quantization import kernels
+
+    for name in kernels.ENCODERS:
+        for seed in range(3):
+            w = normal(seed, 512, 64).to(device)
+            w[17] = 0
+            for double_quantization in (False, True):
+                payload, absmax = kernels.quantize_blocks(w, name, 64)
+                scales = _quantize_scales(absmax) if double_quantization else absmax
+                stored = QuantizedTensor(payload, scales, None, data_type(name), per_block(64), w.shape, w.dtype)
+                back = stored.dequantize()[17]
+                scale = scales.dequantize()[17] if double_quantization else absmax[17]
+                assert torch.equal(back, (-scale if name == "nf4" else 0 * scale).expand(64))
+                assert (scale != 0) == double_quantization
 
 
 def check_a_number_that_is_not_finite_shows_in_its_block(device):

@@ -337,6 +337,31 @@ class TestPerplexity:
             assert measured.loss == pytest.approx(expected, rel=1e-5)
             assert measured.value == pytest.approx(math.exp(expected), rel=1e-4)
             assert measured.tokens == 6 * 24
+            assert len(measured.block_losses) == 6
+            assert sum(measured.block_losses) / 6 == pytest.approx(measured.loss)
+            alone = measure_perplexity(model, TokenBlocks(text.ids[2:3]))
+            assert alone.block_losses == pytest.approx(measured.block_losses[2:3], rel=1e-5)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_an_increase_is_known_as_well_as_blocks_agree_on_it(self, seed):
+        hard = torch.randn(200, generator=generator(seed)).double() + 3  # what both models find hard
+        rises = 0.05 + 0.3 * torch.randn(200, generator=generator(seed + 1)).double()
+
+        def of(losses):
+            return Perplexity(losses.mean().item(), 1, tuple(losses.tolist()))
+
+        increase, error = of(hard + rises).increase_over(of(hard))
+        assert increase == pytest.approx(math.exp(rises.mean().item()) - 1)
+        assert error == pytest.approx((1 + increase) * rises.std().item() / math.sqrt(200))
+        same, exact = of(hard + 0.05).increase_over(of(hard))
+        assert (same, exact) == (pytest.approx(math.exp(0.05) - 1), pytest.approx(0, abs=1e-12))
+        assert of(hard).increase_over(of(hard)) == (0, 0)
+
+    def test_one_block_and_a_broken_model_have_no_error(self):
+        one, other = Perplexity(2.0, 1, (2.0,)), Perplexity(1.0, 1, (1.0,))
+        assert math.isnan(one.increase_over(other)[1])
+        broken = Perplexity(math.nan, 1, (math.nan, 1.0)).increase_over(Perplexity(1.0, 1, (1.0, 1.0)))
+        assert all(map(math.isnan, broken))
 
     def test_every_module_stays_in_its_mode(self):
         model = nn.Sequential(nn.Embedding(50, 8), nn.Dropout(0.5).eval(), nn.Linear(8, 50)).train()

@@ -213,9 +213,17 @@ def test_every_matrix_is_accounted_for_once():
     assert not quantized & set(reasons(small))
 
 
+@pytest.mark.parametrize("threshold", [math.nan, -1.0])
+def test_a_threshold_that_makes_no_sense_is_refused(threshold):
+    with pytest.raises(InputError, match=rf"threshold is {threshold}: give a magnitude .*, or 0 for no outliers"):
+        quantize_model_8bit(llama(), threshold)
+
+
 def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(InputError, match=r"no linear layer to quantize: 0.weight: It is an embedding"):
-        quantize_model_4bit(nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)))
+    with pytest.raises(
+        InputError, match=r"quantize: 0\.weight: .*, not multiplied; 2\.weight: [^;]*, not multiplied\.$"
+    ):
+        quantize_model_4bit(nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8), nn.Embedding(4, 8)))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4))
     with pytest.raises(InputError, match="no linear layer"):
         quantize_model_4bit(gpt2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -252,19 +253,18 @@ def block(
 
 
 def block_errors(
-    values: np.ndarray, blocks: int, chosen: int | None, *, noun: str = "block", mode: theme.Mode = "light"
+    values: np.ndarray, edges: np.ndarray, chosen: int | None, *, noun: str = "block", mode: theme.Mode = "light"
 ) -> go.Figure:
     """The error of every block as a strip, or of groups of neighbours where there are too many to see.
 
     Args:
         values: (G,) root mean square error of each group's worst block.
-        blocks: how many there are in all.
-        chosen: place in `values` of the block that is looked at; None if there is none.
+        edges: (G + 1,): group g holds the blocks from edges[g] up to, not with, edges[g + 1].
+        chosen: number of the block that is looked at, whose group is framed; None if there is none.
         noun: what a block is called.
         mode: light or dark.
     """
     groups = len(values)
-    each = blocks / groups
     step = max(1, round(groups / 8))
     fig = go.Figure(
         go.Heatmap(
@@ -272,7 +272,7 @@ def block_errors(
             zmin=0,
             colorscale=theme.MAGNITUDE,
             showscale=False,
-            customdata=[[_span(round(each * index), round(each * (index + 1)) - 1, noun) for index in range(groups)]],
+            customdata=[[_span(first, end - 1, noun) for first, end in pairwise(edges.tolist())]],
             hovertemplate="%{customdata}<br>typical error %{z:.3g}<extra></extra>",
         )
     )
@@ -280,7 +280,7 @@ def block_errors(
     fig.update_xaxes(
         title={"text": f"{noun} (bright: large error)", "standoff": 4},
         tickvals=list(range(0, groups, step)),
-        ticktext=[f"{round(each * index):,}" for index in range(0, groups, step)],
+        ticktext=[f"{edges[index]:,}" for index in range(0, groups, step)],
         range=[-0.5, groups - 0.5],
         showgrid=False,
         zeroline=False,
@@ -288,16 +288,10 @@ def block_errors(
     fig.update_yaxes(visible=False, fixedrange=True)
     if chosen is not None:
         half = max(0.5, groups / 300)
+        place = int(np.searchsorted(edges, chosen, side="right")) - 1
         line = {"color": _FRAME, "width": 3}
-        fig.add_shape(type="rect", x0=chosen - half, x1=chosen + half, y0=-0.5, y1=0.5, line=line)
+        fig.add_shape(type="rect", x0=place - half, x1=place + half, y0=-0.5, y1=0.5, line=line)
     return fig
-
-
-def grouped_worst(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """`values` in at most so many groups of neighbours: (G,) largest of each, and its place in `values`, (G,)."""
-    groups = np.array_split(np.arange(len(values)), min(most, len(values)))
-    worst = np.array([group[values[group].argmax()] for group in groups])
-    return values[worst], worst
 
 
 def window(weights: np.ndarray, most: int) -> slice:

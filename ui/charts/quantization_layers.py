@@ -14,6 +14,7 @@ from ui import theme
 
 _FRAME = theme.CATEGORIES["light"][1]  # is seen on either end of cividis
 _LABELS = 16
+_LETTER, _SLANT = 7, 4.5  # pixels of a label's letter, and what it adds below where the label is slanted
 _FLAT = 0.75  # of the largest: a scale that began above this would make small differences look like large ones
 
 
@@ -74,7 +75,9 @@ def layer_map(
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
-    fig.update_layout(margin={"l": 64, "r": 8, "t": 66, "b": 46 if across else 78}, dragmode=False)
+    left = max(64, 44 + _LETTER * max(map(len, blocks), default=0))
+    below = 46 if across else max(78, 30 + _SLANT * max(map(len, kinds), default=0))
+    fig.update_layout(margin={"l": left, "r": 8, "t": 66, "b": below}, dragmode=False)
     fig.update_xaxes(
         title=across or None,
         tickvals=list(range(len(kinds))),

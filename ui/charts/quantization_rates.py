@@ -19,6 +19,7 @@ from ui import theme
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 _DASHES = ("solid", "dash")
 _STEPS = ((1,), (1, 3), (1, 2, 5), range(1, 10), np.arange(1, 10, 0.5), np.arange(1, 10, 0.25))
+_LETTER = 7  # pixels of a label's letter, about
 _RIGHT = 6.5  # bits: from there on the right end of the axis is near
 _FLAT = 1.6  # times the lowest perplexity: an axis that shows less than this would make noise look like a cliff
 
@@ -137,7 +138,7 @@ def perplexities(
 
     Args:
         points: in any order.
-        original: perplexity in full precision; None until it is known.
+        original: perplexity in full precision; None until it is known. One that is not finite has no line.
         widths: smallest and largest number of bits per weight that the axis shows, the same from the first point on.
         ceiling: the highest perplexity that the axis shows; by default the highest that there is.
         mode: light or dark.
@@ -167,6 +168,8 @@ def perplexities(
                 "weight<br>perplexity %{customdata[2]}<extra></extra>",
             )
     known = [point.perplexity for point in points if math.isfinite(point.perplexity)]
+    if original is not None and not math.isfinite(original):
+        original = None
     known += [] if original is None else [original]
     low = min(known, default=1.0)
     high = ceiling or (max(_FLAT * low, *known) if known else 10.0)
@@ -196,33 +199,30 @@ def perplexities(
     return fig
 
 
-def ranking(
-    names: Sequence[str], values: Sequence[float], *, unit: str, chosen: int | None = None, mode: theme.Mode = "light"
-) -> go.Figure:
+def ranking(names: Sequence[str], values: Sequence[float], *, unit: str, mode: theme.Mode = "light") -> go.Figure:
     """The layers that something happens to most, longest bar on top.
 
     Args:
         names: of the layers, the first on top.
         values: of each.
         unit: title of the axis.
-        chosen: place of the one that the controls have, to be framed.
         mode: light or dark.
     """
     signed = theme.signed(mode)
     colours = [signed[-2][1] if value >= 0 else signed[1][1] for value in values]
-    edges = [theme.CATEGORIES["light"][1] if place == chosen else colour for place, colour in enumerate(colours)]
     fig = go.Figure(
         go.Bar(
             x=list(values),
             y=list(range(len(values))),
             orientation="h",
             width=0.72,
-            marker={"color": colours, "line": {"color": edges, "width": 2}},
+            marker={"color": colours},
             customdata=list(names),
             hovertemplate="%{customdata}: %{x:+.3g}<extra></extra>",
         )
     )
-    fig.update_layout(margin={"l": 112, "r": 18, "t": 14, "b": 50}, showlegend=False, dragmode=False)
+    left = max(112, 20 + _LETTER * max(map(len, names), default=0))
+    fig.update_layout(margin={"l": left, "r": 18, "t": 14, "b": 50}, showlegend=False, dragmode=False)
     fig.update_xaxes(title=unit, rangemode="tozero", nticks=5)
     fig.update_yaxes(
         tickvals=list(range(len(names))),

@@ -12,6 +12,7 @@ from ui.quantization.model import model
 from ui.quantization.rates import rates
 from ui.quantization.sensitivity import sensitivity
 from ui.quantization.settings import (
+    KEPT,
     MAP,
     MODEL,
     PREFIX,
@@ -19,13 +20,14 @@ from ui.quantization.settings import (
     RUN,
     SENSITIVITY,
     SIDE,
+    SPEED,
     VIEW,
     WEIGHTS,
     Settings,
-    keep,
     shared,
 )
 from ui.quantization.side_by_side import side_by_side
+from ui.quantization.speed import speed
 from ui.quantization.weights import weights
 
 VIEWS = {
@@ -35,6 +37,7 @@ VIEWS = {
     MODEL: model,
     SENSITIVITY: sensitivity,
     SIDE: side_by_side,
+    SPEED: speed,
 }
 """What the Explore tab shows, by name."""
 
@@ -51,7 +54,7 @@ def explore(given: Settings) -> None:
         bind="query-params",
         label_visibility="collapsed",
     )
-    keep(VIEW, view, None if view == WEIGHTS else view)
+    KEPT.keep(VIEW, view, None if view == WEIGHTS else view)
     if view in (WEIGHTS, RATES) and given.found is None:
         _waiting()
     else:
@@ -69,7 +72,7 @@ def _waiting() -> None:
 
 
 def code() -> None:
-    """The Code tab: levels, scales, error, and the ways to do better than rounding."""
+    """The Code tab: levels, scales, error, the ways to do better than rounding, and LLM.int8's outliers."""
     st.markdown("What is drawn is computed by these lines: the engine's own source, as it runs.")
     source.show(
         [
@@ -85,6 +88,9 @@ def code() -> None:
             "engine.quantization.distortion:gaussian_bound_db",
             "engine.quantization.gptq:quantize_gptq",
             "engine.quantization.awq:quantize_awq",
+            "engine.quantization.outliers:split_outliers",
+            "engine.quantization.outliers:OutlierSplit",
+            "engine.quantization.outliers:int8_product",
             "engine.quantization.perplexity:measure_perplexity",
         ]
     )

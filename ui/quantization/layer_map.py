@@ -9,7 +9,7 @@ from engine.experiments import quantization_map
 from ui import chart, clicks, export, run, theme
 from ui.charts import quantization_layers as charts
 from ui.prose import plain
-from ui.quantization.sentences import decibels, layer_label
+from ui.quantization.sentences import decibels, kind_labels, layer_label
 from ui.quantization.settings import PREFIX, VIEW, WEIGHTS, Settings, choose_layer, chosen_layer
 
 _RUN, _FIGURE = f"{PREFIX}_map_run", f"{PREFIX}_map"
@@ -27,17 +27,12 @@ def height(rows: int) -> int:
     return min(_TALLEST, _HEIGHT + _ROW * rows)
 
 
-def kind_label(kind: str) -> str:
-    """A kind of layers without what all of them have in common: ``"self_attn.q_proj"`` → ``"q_proj"``."""
-    return kind.rpartition(".")[2]
-
-
 def _draw(found: quantization_map.Result, params: quantization_map.Params) -> None:
     places = {name: (y, x) for y, row in enumerate(found.names) for x, name in enumerate(row) if name}
     fig = charts.layer_map(
         found.relative_error,
         found.blocks,
-        [kind_label(kind) for kind in found.kinds],
+        kind_labels(found.kinds),
         title="rms error / rms weight",
         tickformat=".2~p",
         hover=[[_hover(found, y, x) for x in range(len(found.kinds))] for y in range(len(found.blocks))],
@@ -77,8 +72,9 @@ def _hover(found: quantization_map.Result, y: int, x: int) -> str:
     if not name:
         return ""
     outputs, inputs = found.shapes[name]
+    label = layer_label(found.blocks[y], kind_labels(found.kinds)[x])
     return (
-        f"{layer_label(name)}, {outputs:,} × {inputs:,}<br>"
+        f"{label}, {outputs:,} × {inputs:,}<br>"
         f"rms error {found.relative_error[y, x]:.2%} of the rms weight<br>"
         f"signal to noise {decibels(float(found.sqnr_db[y, x]))}"
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import pandas as pd
 import streamlit as st
 
 from engine.experiments import _quantization, quantization_model
+from engine.experiments._quantization import method_name
 from ui import chart, controls, export, run, theme
 from ui.charts import quantization_rates as charts
 from ui.prose import plain
 from ui.quantization.sentences import guessing_sentence, perplexity, two_bits_sentence
-from ui.quantization.settings import PREFIX, Settings, keep, restore
+from ui.quantization.settings import KEPT, PREFIX, Settings
 
 RUN = f"{PREFIX}_model_run"
 _STARTED = f"_{PREFIX}_model_started"
@@ -60,7 +62,7 @@ def model(given: Settings) -> None:
 def _several(field: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
     """Some of the choices of a field that holds several."""
     info, key = quantization_model.Params.model_fields[field], f"{PREFIX}_{field}"
-    restore(key)
+    KEPT.restore(key)
     chosen = st.pills(
         info.title,
         choices,
@@ -72,7 +74,7 @@ def _several(field: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
         width="content",
     )
     is_default = set(chosen) == set(info.default)
-    keep(key, chosen, None if is_default else [str(choice) for choice in chosen])
+    KEPT.keep(key, chosen, None if is_default else [str(choice) for choice in chosen])
     return tuple(choice for choice in choices if choice in chosen)
 
 
@@ -82,11 +84,11 @@ def count(params: quantization_model.Params) -> int:
 
 
 def _invitation(params: quantization_model.Params) -> str:
-    widths = sorted(params.widths)
+    widths, what = sorted(params.widths), "your text" if params.text else "stories"
     return plain(
         f"Perplexity says among how many tokens the model hesitates: 1 is certain. {params.model} is quantized "
-        f"{count(params)} times, from {widths[-1]} bits down to {widths[0]}, and reads {params.tokens:,} tokens of "
-        "text each time. At how many bits will it break, and which method saves it? Run the sweep to see."
+        f"{count(params)} times, from {widths[-1]} bits down to {widths[0]}, and reads up to {params.tokens:,} tokens "
+        f"of {what} each time. At how many bits will it break, and which method saves it? Run the sweep to see."
     )
 
 
@@ -98,7 +100,9 @@ def _start(params: quantization_model.Params) -> None:
 def points(found: quantization_model.Result) -> list[charts.PerplexityPoint]:
     """The points as they are drawn."""
     return [
-        charts.PerplexityPoint(point.method, point.data_type, point.bits, point.bits_per_weight, point.perplexity)
+        charts.PerplexityPoint(
+            method_name(point.method), point.data_type, point.bits, point.bits_per_weight, point.perplexity
+        )
         for point in found.points
     ]
 
@@ -115,21 +119,22 @@ def _draw(found: quantization_model.Result, params: quantization_model.Params) -
                 f"{found.device}, torch {found.versions.get('torch', '')}."
             )
         )
-    restore(_CLOSER)
+    KEPT.restore(_CLOSER)
     closer = st.toggle(
         "Look closer",
         key=_CLOSER,
         help=f"Show perplexities up to {_CEILING:g} times the original's; what is worse leaves the picture.",
         bind="query-params",
     )
-    keep(_CLOSER, closer, "true" if closer else None)
+    KEPT.keep(_CLOSER, closer, "true" if closer else None)
     key = f"{PREFIX}_perplexity"
+    original = found.original.perplexity if found.original else None
     sentences = [found.sentence, guessing_sentence(found, params.model), two_bits_sentence(found)]
     fig = charts.perplexities(
         points(found),
-        found.original.perplexity if found.original else None,
+        original,
         (min(params.widths), max(params.widths) + 1),
-        ceiling=_CEILING * found.original.perplexity if closer and found.original else None,
+        ceiling=_CEILING * original if closer and original is not None and math.isfinite(original) else None,
         mode=theme.mode(),
     )
     chart.figure(fig, key=key, sentence=" ".join(filter(None, sentences)), height=_HEIGHT)
@@ -157,7 +162,7 @@ def _numbers(found: quantization_model.Result) -> None:
     with st.expander("The numbers", icon=":material/table:"):
         rows: dict[str, dict[str, str]] = {}
         for point in found.points:
-            rows.setdefault(f"{point.method}, {point.data_type}", {})[f"{point.bits} bits"] = perplexity(
+            rows.setdefault(f"{method_name(point.method)}, {point.data_type}", {})[f"{point.bits} bits"] = perplexity(
                 point.perplexity
             )
         st.table(pd.DataFrame(rows).T.fillna("—"), border="horizontal")

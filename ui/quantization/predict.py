@@ -76,14 +76,23 @@ def _guess_bit(given: Settings) -> None:
     if answer is None or run.params_of(_FEWER) != less:
         return
     measured = answer.distortion.sqnr_db
-    words = (
-        f"You said {guess:.1f} dB, it is {decibels(measured)}: the bit was worth {decibels(now - measured)}. At the "
-        f"bound for Gaussian weights each bit is worth {20 * math.log10(2):.1f} dB."
-    )
+    words = f"You said {guess:.1f} dB, it is {decibels(measured)}: {worth(now, measured)}."
     if abs(guess - measured) <= _CLOSE:
         st.success(plain(f"Well guessed. {words}"), icon=":material/check_circle:")
     else:
         st.info(plain(words), icon=":material/lightbulb:")
+
+
+def worth(now: float, fewer: float) -> str:
+    """What a bit is worth that takes the signal to noise from `fewer` to `now`, in dB, in words."""
+    if math.isinf(fewer):
+        return "these weights are held exactly without that bit" + (" as well as with it" if math.isinf(now) else "")
+    if math.isinf(now):
+        return "with that bit they are held exactly"
+    return (
+        f"the bit was worth {decibels(now - fewer)}. At the bound for Gaussian weights each bit is worth "
+        f"{20 * math.log10(2):.1f} dB"
+    )
 
 
 def breaks_at(found: quantization_model.Result) -> int | None:
@@ -144,7 +153,9 @@ def _grouping(params: quantization.Params) -> str:
 
 
 def _verdict(found: quantization_model.Result, params: quantization_model.Params, guess: str | None) -> None:
-    if found.ended == "finished" and guess is not None and found.original is not None:
+    if found.original is not None and not math.isfinite(found.original.perplexity):
+        st.caption("The model has no finite perplexity as it is, so that there is nothing to break.")
+    elif found.ended == "finished" and guess is not None and found.original is not None:
         width = breaks_at(found)
         answer = _NEVER if width is None else str(width)
         where = "at none of these widths" if width is None else f"at {width} bits"

@@ -13,8 +13,8 @@ from engine.experiments import quantization_sensitivity
 from ui import chart, export, run, theme
 from ui.charts import quantization_layers, quantization_rates
 from ui.prose import plain
-from ui.quantization.layer_map import height, kind_label
-from ui.quantization.sentences import chance_sentence, change, layer_label, perplexity
+from ui.quantization.layer_map import height
+from ui.quantization.sentences import chance_sentence, change, kind_labels, layer_label, perplexity
 from ui.quantization.settings import PREFIX, Settings
 
 _RUN = f"{PREFIX}_sensitivity_run"
@@ -71,17 +71,23 @@ def grid(found: quantization_sensitivity.Result) -> tuple[np.ndarray, list[list[
         y, x = found.blocks.index(part.block), found.kinds.index(part.kind)
         values[y, x] = part.increase
         hover[y][x] = (
-            f"{layer_label(part.name)}<br>perplexity {change(found.original_perplexity, part.perplexity)}, "
-            f"to {perplexity(part.perplexity)}<br>{part.weights:,} weights"
+            f"{part_label(part, found.kinds)}<br>perplexity {change(found.original_perplexity, part.perplexity)}, "
+            f"to {perplexity(part.perplexity)}<br>{spread(part)}{part.weights:,} weights"
         )
     return values, hover
 
 
-def part_label(part: quantization_sensitivity.PartCost) -> str:
-    """A part in a few words."""
-    if part.block and part.kind:
-        return layer_label(part.name)
-    return f"block {part.name}" if part.block else kind_label(part.name)
+def part_label(part: quantization_sensitivity.PartCost, kinds: list[str]) -> str:
+    """A part in a few words, among all `kinds` of the model."""
+    if not part.kind:
+        return f"block {part.name}"
+    kind = dict(zip(kinds, kind_labels(kinds), strict=True))[part.kind]
+    return layer_label(part.block, kind) if part.block else kind
+
+
+def spread(part: quantization_sensitivity.PartCost) -> str:
+    """The change with its standard error as a line, where that is known."""
+    return f"{part.increase:+.3%} ± {part.error:.3%}<br>".replace("-", "−") if math.isfinite(part.error) else ""
 
 
 def _draw(found: quantization_sensitivity.Result, params: quantization_sensitivity.Params) -> None:
@@ -108,7 +114,7 @@ def _map(found: quantization_sensitivity.Result, params: quantization_sensitivit
     fig = quantization_layers.layer_map(
         values,
         found.blocks,
-        [kind_label(kind) for kind in found.kinds],
+        kind_labels(found.kinds),
         title="change of perplexity",
         tickformat="+.2~p",
         hover=hover,
@@ -118,7 +124,7 @@ def _map(found: quantization_sensitivity.Result, params: quantization_sensitivit
     chart.figure(
         fig,
         key=key,
-        sentence=chance_sentence([part.increase for part in found.parts]),
+        sentence=chance_sentence(found),
         height=max(_HEIGHT, height(len(found.blocks))),
     )
     _export(fig, key, "quantization-sensitivity-map", found, params)
@@ -132,7 +138,7 @@ def _ranking(found: quantization_sensitivity.Result, params: quantization_sensit
     ranked = sorted(found.parts, key=_harm, reverse=True)[: _RANKED if params.unit == "layer" else 40]
     key = f"{PREFIX}_sensitivity_ranking"
     fig = quantization_rates.ranking(
-        [part_label(part) for part in ranked],
+        [part_label(part, found.kinds) for part in ranked],
         [100 * part.increase for part in ranked],
         unit="change of perplexity, %",
         mode=theme.mode(),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import get_args
-
-import numpy as np
 
 from engine.experiments import (
     _lora,
@@ -16,18 +13,39 @@ from engine.experiments import (
     quantization,
     quantization_model,
     quantization_rates,
+    quantization_sensitivity,
 )
 
-_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 perplexity = _quantization_perplexity.in_words
 _SAME = 0.005  # relative: closer perplexities are called the same
+_FEWEST_BLOCKS = 8  # of fewer, two standard errors are passed by chance more often than once in ten
+_ERRORS = 2
 
 
-def layer_label(name: str) -> str:
-    """A layer in a few words: ``"layers.3.self_attn.q_proj"`` → ``"layer 3, q_proj"``, ``"lm_head"`` as it is."""
-    number = _NUMBER.search(name)
-    last = name.rpartition(".")[2]
-    return f"layer {number[1]}, {last}" if number else last
+def kind_labels(kinds: Sequence[str]) -> list[str]:
+    """Each kind of layers by as few of its last parts as tell it from the others.
+
+    ``["self_attn.q_proj", "attention.output.dense", "intermediate.dense"]`` → ``["q_proj", "output.dense",
+    "intermediate.dense"]``
+    """
+    parts = [kind.split(".") for kind in kinds]
+    return [
+        ".".join(
+            next(
+                own[-count:]
+                for count in range(1, len(own) + 1)
+                if count == len(own) or sum(other[-count:] == own[-count:] for other in parts) == 1
+            )
+        )
+        for own in parts
+    ]
+
+
+def layer_label(block: str, kind: str) -> str:
+    """A layer in a few words, from its place in a map: ``"layer 3, q_proj"``, ``"encoder 3, fc1"``, ``"lm_head"``."""
+    if block == "outside":
+        return kind
+    return f"layer {block}, {kind}" if block.isdecimal() else f"{block}, {kind}"
 
 
 def decibels(value: float) -> str:
@@ -75,12 +93,15 @@ def size_sentence(nbytes: int, original_nbytes: int) -> str:
 
 def strip_sentence(found: quantization.Result, noun: str) -> str:
     """How unevenly the error lies on the blocks, in words."""
-    middle, most = float(np.median(found.block_errors)), float(found.block_errors.max())
+    middle, most = found.median_error, float(found.block_errors.max())
     words = f"{found.num_blocks:,} {noun}s, each with a scale of its own"
+    if found.padded:
+        zeros = f"{found.padded:,} zero{'s' * (found.padded > 1)}"
+        words += f" (while it is quantized the last one is filled up with {zeros}, which cost no bits)"
     if most == 0:
         return f"{words}: none of them has an error."
     if middle == 0:
-        return f"{words}: the worst has a typical error of {most:.2g}, most have none."
+        return f"{words}: the worst has a typical error of {most:.2g}, half of them or more have none."
     return f"{words}: the worst has {most / middle:.1f} times the error of the median one."
 
 
@@ -89,31 +110,33 @@ def rates_sentence(found: quantization_rates.Result) -> str:
     return f"{found.sentence} {found.bound_note}".strip()
 
 
-def chance_sentence(increases: Sequence[float]) -> str:
-    """How many parts of a model hurt more than chance explains, in words.
+def chance_sentence(found: quantization_sensitivity.Result) -> str:
+    """How many layers change the perplexity by more than the text explains, in words.
 
-    Quantizing cannot be expected to help, so that the largest fall shows how far chance alone moves the perplexity of
-    this text: a rise that is no larger may be chance as well. Where no finite perplexity is left, nothing is chance.
+    Every layer's change is measured on the same blocks of text. Where blocks disagree about it by so much that its mean
+    is within two standard errors of 0, another text of the kind may give it the other sign.
     """
-    total, finite = len(increases), [increase for increase in increases if math.isfinite(increase)]
-    blank = total - len(finite)
+    parts, total = found.parts, len(found.parts)
+    finite = [part for part in parts if math.isfinite(part.increase)]
     if not finite:
         return f"None of the {total} layers leaves a finite perplexity: all are blank."
-    lowered = sum(increase < 0 for increase in finite)
-    if not lowered:
-        if not blank:
-            return f"Blue layers raise the perplexity: all {total}."
+    unchanged = sum(part.increase == 0 for part in finite)
+    raised, lowered = (sum(sign * part.increase > 0 for part in finite) for sign in (1, -1))
+    words = f"Of {total} layers {raised} raise the perplexity (blue), {lowered} lower it (orange)"
+    if unchanged:
+        words += f", {unchanged} leave it as it is"
+    if total > len(finite):
+        words += f", {total - len(finite)} leave no finite perplexity (blank)"
+    if found.text_blocks < _FEWEST_BLOCKS:
+        blocks = "one block" if found.text_blocks == 1 else f"{found.text_blocks} blocks"
         return (
-            f"Blue layers raise the perplexity: {len(finite)} of {total}. Clearly hurt: {blank}, left blank: "
-            "no finite perplexity."
+            f"{words}. The text has {blocks}, too few to tell a layer's harm from the chance of the text: "
+            f"{_FEWEST_BLOCKS} can."
         )
-    chance = -min(finite)
-    hurt = sum(increase > chance for increase in finite)
+    hurt, helped = (sum(sign * part.increase > _ERRORS * part.error for part in finite) for sign in (1, -1))
     return (
-        f"Orange layers lower the perplexity of this text, which is chance: {lowered} of {total}, by up to "
-        f"{chance:.2%}. Blue ones that raise it by no more cannot be told from chance: "
-        f"{len(finite) - lowered - hurt}. Clearly hurt: {hurt + blank}"
-        + (f", {blank} of them blank: no finite perplexity." if blank else ".")
+        f"{words}. By more than {_ERRORS} standard errors, which are how much the {found.text_blocks} blocks of the "
+        f"text disagree: {hurt} raise it, {helped} lower it. Of the others another text may say the opposite."
     )
 
 
@@ -140,6 +163,8 @@ def two_bits_sentence(found: quantization_model.Result) -> str:
 
 def change(before: float, after: float) -> str:
     """How a perplexity changed, in words."""
+    if not math.isfinite(before):
+        return "has nothing to be compared with"
     if not math.isfinite(after):
         return "is beyond counting"
     part = after / before - 1

@@ -19,14 +19,25 @@ from engine.experiments import (
 )
 from ui import controls, models, page, run
 from ui.controls import Look
+from ui.kept import Kept
 from ui.labs import QUANTIZATION
 from ui.prose import plain
+
+
+class _Memory(Kept):
+    """The memory of this lab, which is also asked what a hidden widget holds."""
+
+    def remembered(self, key: str) -> Any:
+        """What a widget was left with; None if that is not known."""
+        return st.session_state[self._values].get(key, (None, None))[0]
+
 
 PREFIX = QUANTIZATION.url_path
 RUN = f"{PREFIX}_run"
 VIEW = f"{PREFIX}_view"
 WEIGHTS, RATES, MAP = "Weights", "All types", "Layer map"
-MODEL, SENSITIVITY, SIDE = "Model", "Sensitivity", "Side by side"
+MODEL, SENSITIVITY, SIDE, SPEED = "Model", "Sensitivity", "Side by side", "Speed"
+KEPT = _Memory(PREFIX)
 BLOCK, LAYER = f"{PREFIX}_block", f"{PREFIX}_layer"
 SIZES = tuple(2**power for power in range(1, 13))
 """Block sizes that the slider offers; a link may bring another one."""
@@ -37,7 +48,6 @@ _ASKED: dict[str, type[ExperimentParams]] = {
     SENSITIVITY: quantization_sensitivity.Params,
     SIDE: quantization_side_by_side.Params,
 }
-_KEPT = f"_{PREFIX}_kept"
 _IGNORED_SIZE = f"_{PREFIX}_ignored_size"
 _GROUPED_BY = f"_{PREFIX}_grouped_by"
 _MODEL_OF_LAYER = f"_{PREFIX}_model_of_layer"
@@ -73,9 +83,9 @@ def shared(model: type[ExperimentParams], params: BaseModel) -> dict[str, Any]:
 
 def settings() -> Settings | None:
     """Draw the controls; None if what they say makes no sense (the sentence is then on the page)."""
-    if _SCALE not in st.session_state:
-        st.session_state[_KEPT] = {}  # the page has just been opened
+    if _SCALE not in st.session_state:  # the page has just been opened
         st.session_state.pop(_IGNORED_SIZE, None)
+    KEPT.begin()
     view = _view()
     if view in _ASKED:
         return _of_model(view)
@@ -86,28 +96,17 @@ def _view() -> str:
     """What is shown: it is drawn after the controls, which depend on it."""
     if st.session_state.get(f"{PREFIX}_tab", page.EXPLORE) != page.EXPLORE:
         return WEIGHTS
-    restore(VIEW)
+    KEPT.restore(VIEW)
     view = st.session_state.get(VIEW) or st.query_params.get(VIEW)
-    return view if view in (*_ASKED, RATES) else WEIGHTS
-
-
-def keep(key: str, value: Any, text: str | list[str] | None = None) -> None:
-    """Remember what a widget holds, for when it is hidden; for one that is hidden, what it will hold.
-
-    Args:
-        key: of the widget.
-        value: what it holds.
-        text: the same as the URL has it; None for the default, which the URL does not have.
-    """
-    st.session_state[_KEPT][key] = (value, text)
+    return view if view in (*_ASKED, RATES, SPEED) else WEIGHTS
 
 
 def choose(key: str, value: Any, text: str | None = None) -> None:
-    """Give a hidden widget a value, for a click elsewhere on the page; arguments as of `keep`.
+    """Give a hidden widget a value, for a click elsewhere on the page; arguments as of `Kept.keep`.
 
     It may still be in the session's state with what it held when it was drawn last.
     """
-    keep(key, value, text)
+    KEPT.keep(key, value, text)
     st.session_state[key] = value
     if text is None:
         st.query_params.pop(key, None)
@@ -117,30 +116,11 @@ def choose(key: str, value: Any, text: str | None = None) -> None:
 
 def held(key: str) -> Any:
     """What a widget holds or, if it is hidden, held; None if that is not known."""
-    return st.session_state.get(key, st.session_state[_KEPT].get(key, (None, None))[0])
-
-
-def restore(key: str) -> None:
-    """Give a widget that was hidden what it held, unless a link or a click has given it something else.
-
-    It goes into the URL as well: Streamlit writes there what a widget is changed to, not what it begins with.
-    """
-    kept = st.session_state[_KEPT]
-    if key in kept and key not in st.session_state and key not in st.query_params:
-        st.session_state[key], text = kept[key]
-        if text is not None:
-            st.query_params[key] = text
+    return st.session_state[key] if key in st.session_state else KEPT.remembered(key)
 
 
 def _controls(model: type[ExperimentParams], *fields: str, **looks: Look) -> dict[str, Any]:
-    for field in fields:
-        restore(f"{PREFIX}_{field}")
-    values = controls.controls(model, prefix=PREFIX, fields=fields, **looks)
-    for field, value in values.items():
-        text = looks.get(field, Look()).name(value)
-        is_default = value == model.model_fields[field].default
-        keep(f"{PREFIX}_{field}", value, None if is_default else text.lower() if isinstance(value, bool) else text)
-    return values
+    return KEPT.controls(model, prefix=PREFIX, fields=fields, **looks)
 
 
 def _format() -> dict[str, Any]:
@@ -168,7 +148,7 @@ def _scale() -> dict[str, Any]:
 def _block_size() -> int:
     """A slider over powers of two, and over what a link says beside them."""
     key = f"{PREFIX}_block_size"
-    restore(key)
+    KEPT.restore(key)
     state, field = st.session_state, quantization.Params.model_fields["block_size"]
     sizes = {*SIZES, state.get(key, field.default)}
     if key not in state and (linked := st.query_params.get(key)) is not None:
@@ -189,7 +169,7 @@ def _block_size() -> int:
             ),
             icon=":material/link_off:",
         )
-    keep(key, size, None if size == field.default else str(size))
+    KEPT.keep(key, size, None if size == field.default else str(size))
     return size
 
 
@@ -235,7 +215,7 @@ def _of_weights(view: str) -> Settings | None:
         with layer_place:
             values |= models.pick(model, prefix=PREFIX)
         _forget_layer_of_another(values["model"])
-        restore(LAYER)
+        KEPT.restore(LAYER)
         values["layer"] = chosen_layer()
     elif values["source"] == "normal with outliers":
         values |= _controls(model, "outliers", "outlier_size", outlier_size=Look(step=1))
@@ -271,7 +251,7 @@ def has_chosen_head(params: quantization_side_by_side.Params) -> bool:
 
 def choose_head(layer: int, head: int) -> None:
     """Look at the attention of this head from the next drawing on."""
-    keep(_HEAD_CHOSEN, True)
+    KEPT.keep(_HEAD_CHOSEN, True, None)
     st.session_state[_NEXT_HEAD] = layer, head
 
 
@@ -293,8 +273,8 @@ def _block(values: dict[str, Any]) -> int:
     before, st.session_state[_GROUPED_BY] = st.session_state.get(_GROUPED_BY), grouped_by
     if before not in (None, grouped_by):
         choose_block(None)
-        keep(BLOCK, None)
-    restore(BLOCK)
+        KEPT.keep(BLOCK, None, None)
+    KEPT.restore(BLOCK)
     chosen = st.session_state.get(BLOCK)
     if chosen is None and BLOCK not in st.session_state:
         linked = st.query_params.get(BLOCK, "")

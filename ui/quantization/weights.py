@@ -14,13 +14,11 @@ from engine.experiments import quantization, quantization_crosscheck
 from ui import chart, clicks, compare, evidence, export, run, theme
 from ui.charts import quantization as charts
 from ui.prose import plain
-from ui.quantization import settings
 from ui.quantization.sentences import decibels, errors_sentence, outliers_sentence, size_sentence, strip_sentence
-from ui.quantization.settings import BLOCK, PREFIX, Settings, choose_block, shared
+from ui.quantization.settings import BLOCK, KEPT, PREFIX, Settings, choose_block, shared
 
 _HEIGHT, _BLOCK_HEIGHT, _STRIP_HEIGHT = 360, 430, 110
 _SHOWN = 128  # weights of a block that can be told apart on a screen
-_GROUPS = 240  # of blocks that can be chosen with a pointer
 _CHECK = f"{PREFIX}_crosscheck"
 
 
@@ -126,11 +124,11 @@ def _titled_totals(side: _Side) -> None:
 
 def _totals(side: _Side) -> None:
     found = side.found
-    below = found.bound_db - found.distortion.sqnr_db
+    lost = found.distortion.sqnr_db
     with st.container(horizontal=True, key=f"{PREFIX}_totals{side.name}"):
         st.metric(
             "Signal to noise",
-            decibels(found.distortion.sqnr_db),
+            decibels(lost),
             help="SQNR: the weights' mean square over that of the errors. 10 dB are a factor of ten.",
         )
         st.metric(
@@ -140,7 +138,7 @@ def _totals(side: _Side) -> None:
         )
         st.metric(
             "Below the bound",
-            decibels(below),
+            decibels(found.bound_db - lost) if math.isfinite(lost) else "—",
             help=plain(found.bound_note),
         )
         st.metric(
@@ -251,21 +249,20 @@ def _strip(side: _Side) -> None:
     found = side.found
     if found.num_blocks == 1:
         return
-    values, entries = charts.grouped_worst(found.block_errors, _GROUPS)
-    entry = found.block.index // found.blocks_per_entry
-    chosen = int(entry * len(values) / len(found.block_errors))
     key = f"{PREFIX}_strip{side.name}"
-    fig = charts.block_errors(values, found.num_blocks, chosen, noun=side.noun, mode=theme.mode())
+    fig = charts.block_errors(
+        found.block_errors, found.block_edges, found.block.index, noun=side.noun, mode=theme.mode()
+    )
     leads = side.name != "A"
     sentence = strip_sentence(found, side.noun) + (" Choose a place to open it." if leads else "")
     chart.figure(fig, key=key, sentence=sentence, height=_STRIP_HEIGHT)
     if leads:
-        clicks.on_cell_click(key, lambda x, _: _open(found, entries, x))
+        clicks.on_cell_click(key, lambda x, _: _open(found, x))
 
 
-def _open(found: quantization.Result, entries: np.ndarray, group: int) -> None:
-    if group < len(entries):
-        choose_block(int(found.worst_blocks[entries[group]]))
+def _open(found: quantization.Result, place: int) -> None:
+    if place < len(found.worst_blocks):
+        choose_block(int(found.worst_blocks[place]))
 
 
 def _chooser(side: _Side) -> None:
@@ -285,7 +282,7 @@ def _chooser(side: _Side) -> None:
             bind="query-params",
             width=260,
         )
-        settings.keep(BLOCK, number, None if number is None else str(number))
+        KEPT.keep(BLOCK, number, None if number is None else str(number))
         st.button("Largest weight", key=f"_{PREFIX}_largest", on_click=choose_block, args=(None,))
         st.button(f"Worst {noun}", key=f"_{PREFIX}_worst", on_click=choose_block, args=(worst,))
 
