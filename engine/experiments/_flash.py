@@ -37,6 +37,12 @@ BACKENDS: tuple[BackendName, ...] = BackendName.__args__
 ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 GB = 1e9
+RUNS_WORDS = (
+    "Timed runs of a processor: their median is drawn, and their spread. A GPU is timed for 10 ms for each of them, "
+    "and three times at least."
+)
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 MIN_LENGTH = 128
 MAX_LENGTH = 2**16
 
@@ -108,9 +114,7 @@ class SweepParams(ShapeParams):
         title="Backends",
         description="Implementations to measure. What does not exist here is left out, and the reason is given.",
     )
-    runs: int = Field(
-        5, ge=3, le=50, title="Runs a point", description="Timed runs: their median is drawn, and their spread."
-    )
+    runs: int = Field(5, ge=3, le=50, title="Runs a point", description=RUNS_WORDS)
 
     @field_validator("max_length")
     @classmethod
@@ -181,7 +185,27 @@ class Stop:
     free_bytes: int = 0
 
 
+def why_above_peak(dtype: Dtype, *, on_gpu: bool) -> str:
+    """How a kernel can be faster than the large product that stands for the device's peak."""
+    if on_gpu and dtype == "float32":
+        return "as kernels may put float32 together from products on tensor cores, which the large product leaves alone"
+    return "so other work held that product up when it was measured: measure again, the best product counts"
+
+
 def bytes_in_words(nbytes: float) -> str:
-    """E.g. ``"5.2 MiB"``, ``"1.3 GiB"``."""
+    """E.g. ``"5.2 MiB"``, ``"1,020 MiB"``, ``"1.3 GiB"``."""
     unit = min(3, int(math.log2(max(nbytes, 1)) // 10))
-    return f"{nbytes / 1024**unit:.3g} {('bytes', 'KiB', 'MiB', 'GiB')[unit]}"
+    if unit < 3 and round(nbytes / 1024**unit) == 1024:
+        unit += 1
+    value = nbytes / 1024**unit
+    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number} {('bytes', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def number_in_words(value: float) -> str:
+    """Two digits of a number, e.g. ``"0.25"``, ``"2.3 × 10⁻⁴"``."""
+    rounded = float(f"{value:.2g}")
+    if rounded == 0 or abs(rounded) >= 1e-3:
+        return f"{rounded:.3g}".replace("-", "−")
+    mantissa, power = f"{rounded:.1e}".split("e")
+    return f"{float(mantissa):g} × 10{str(int(power)).translate(_RAISED)}".replace("-", "−")

@@ -59,6 +59,6 @@ def draw_cache(params: Params, length: int, device: str) -> tuple[Tensor, Tensor
 
     def draw(heads: int, tokens: int, size: float = 1.0) -> Tensor:
         shape = (params.batch, heads, tokens, params.head_dim)
-        return (size * torch.randn(shape, generator=generator, device=device)).to(dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(size)
 
     return draw(params.heads, 1, _QUERY_SIZE), draw(params.kv_heads, length), draw(params.kv_heads, length)

@@ -26,10 +26,8 @@ TILE = (128, 64)
 SAFE = 0.85
 """Share of the free memory that a point may be predicted to take."""
 
-_MATRICES: dict[str, tuple[int, int]] = {"standard": (2, 3), "torch-math": (2, 3)}
-"""Matrices of B·H·T² numbers that are held at once, forward and for gradients."""
 _VECTORS = {"standard": (2, 5), "flash": (1, 5)}
-"""The same of B·H·T·d numbers."""
+"""Of B·H·T·d numbers that are held at once, forward and for gradients."""
 _PASSES: dict[Direction, traffic.Direction] = {
     "forward": "forward",
     "backward": "backward",
@@ -72,7 +70,7 @@ def predict(params: SweepParams, peaks: Peaks | None = None) -> tuple[Predicted,
 
 def model_of(backend: str) -> Model:
     """By which model a backend's cost is counted."""
-    return "standard" if backend in _MATRICES else "flash"
+    return "standard" if traffic.held_matrices(backend, 4, grad=False) else "flash"
 
 
 def held_bytes(params: SweepParams, backend: str, length: int) -> int:
@@ -84,11 +82,7 @@ def held_bytes(params: SweepParams, backend: str, length: int) -> int:
         length: T.
     """
     heads = params.batch_at(length) * params.heads
-    matrices = _MATRICES.get(backend, (0, 0))[params.grad] * heads * length**2
-    if backend == "torch-math" and params.element_bytes == 2:
-        matrices += 3 * heads * length**2  # it computes in float32
-    elif backend == "standard" and params.dtype == "float16" and params.grad:
-        matrices += heads * length**2  # the scores before they are clamped
+    matrices = traffic.held_matrices(backend, params.element_bytes, params.grad) * heads * length**2
     vectors = _VECTORS[model_of(backend)][params.grad] * heads * length * params.head_dim
     statistics = 4 * heads * length
     return (
@@ -97,10 +91,10 @@ def held_bytes(params: SweepParams, backend: str, length: int) -> int:
 
 
 def _mask_bytes(params: SweepParams, backend: str, length: int) -> int:
-    """Of the booleans that are there at the peak: which pairs are hidden, or in PyTorch's which scores are −∞."""
-    if backend == "torch-math":
-        return 0 if params.grad else params.batch_at(length) * params.heads * length**2
-    return 2 * length**2 if backend == "standard" and params.grad else 0
+    """Of the booleans that are there at the peak: in PyTorch's, which scores are −∞."""
+    if backend != "torch-math" or params.grad:
+        return 0
+    return params.batch_at(length) * params.heads * length**2
 
 
 def input_bytes(params: SweepParams, length: int) -> int:

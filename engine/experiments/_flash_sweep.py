@@ -14,9 +14,10 @@ from engine.experiments import _flash_cost
 from engine.experiments._flash import GB, Peaks, Stop, SweepParams
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from engine.flash.backends import Backend
+    from engine.flash.choice import Errors
     from engine.measure import Evidence
     from engine.runtime.jobs import Job
 
@@ -26,8 +27,12 @@ POINT_SECONDS = 90.0
 """A point that would take longer is not begun: a cancellation has to wait for it."""
 
 _MARGIN = 1.1
-_WORKSPACE = 64 * 2**20
-"""Bytes that libraries may want for themselves."""
+_WORKSPACE = {"cpu": 64 * 2**20, "cuda": 320 * 2**20}
+"""Bytes that libraries may want for themselves; on a GPU 256 MiB of it empty the cache between runs."""
+_DRAWS = range(3)
+_CUDA_CALLS = 26
+"""Of a point whose calls are slow: one compiles, one is weighed, and each of up to three benches makes one to begin
+with, five to estimate the time, one to warm up and one that counts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,36 @@ class Sweep:
             raise InputError(f"None of the chosen backends can compute this here, so choose others as well. {reasons}")
         self.total = len(self._backends) * len(params.lengths)
 
+    def correct(self) -> set[str]:
+        """Backends, by name, that err at most twice as much as standard attention; asked at the shortest length.
+
+        It is the rule of `engine.flash.choice`. The largest error of a correct backend may be beyond that by chance, so
+        one of a few draws has to show it correct; one that fails is not.
+        """
+        return set().union(*(self._correct(seed) for seed in _DRAWS))
+
+    def _correct(self, seed: int) -> set[str]:
+        import torch
+
+        from engine.flash.backends import BACKENDS
+        from engine.flash.choice import error_against_reference
+
+        params = self._params
+        generator = torch.Generator(self._job.device).manual_seed(seed)
+        inputs = [tensor.detach() for tensor in self._draw(params.lengths[0], generator)[:3]]
+
+        def errors(backend: Backend) -> Errors | None:
+            try:
+                return error_against_reference(backend, *inputs, causal=params.causal, grad=params.grad)
+            except Exception:  # what was measured is worth more than what can be said of it
+                return None
+
+        baseline = errors(BACKENDS["standard"])
+        if baseline is None:
+            return set()
+        found = {backend.name: errors(backend) for backend in self._backends}
+        return {name for name, one in found.items() if one is not None and one.within(baseline, self._dtype)}
+
     def __iter__(self) -> Iterator[Measured | Stop]:
         """Points and stops as they come; ends early if the job is to stop."""
         going = list(self._backends)
@@ -104,9 +139,7 @@ class Sweep:
 
         params, device = self._params, self._job.device
         batch = params.batch_at(length)
-        shape = (batch, params.heads, length, params.head_dim)
-        inputs = [torch.randn(shape, device=device).to(self._dtype).requires_grad_(params.grad) for _ in range(3)]
-        upstream = torch.randn(shape, device=device).to(self._dtype) if params.grad else None
+        *inputs, upstream = self._draw(length)
 
         def forward() -> Tensor:
             return backend.run(*inputs, params.causal, None)
@@ -135,6 +168,16 @@ class Sweep:
         )
         return Measured(backend, length, evidence, peak)
 
+    def _draw(self, length: int, generator: Generator | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Q, K, V and, for gradients, that of the output: all (B, H, T, d)."""
+        import torch
+
+        params = self._params
+        shape = (params.batch_at(length), params.heads, length, params.head_dim)
+        look = {"device": self._job.device, "dtype": self._dtype, "generator": generator}
+        Q, K, V = (torch.randn(shape, **look, requires_grad=params.grad) for _ in range(3))
+        return Q, K, V, torch.randn(shape, **look) if params.grad else None
+
     def _why_not(self, backend: Backend, length: int) -> str | None:
         params = self._params
         shape = (params.head_dim, length, length, params.causal, params.grad, False)
@@ -144,7 +187,8 @@ class Sweep:
         from engine import memory
 
         held = _flash_cost.held_bytes(self._params, backend.name, length)
-        needed = _flash_cost.input_bytes(self._params, length) + round(_MARGIN * held) + _WORKSPACE
+        needed = _flash_cost.input_bytes(self._params, length) + round(_MARGIN * held)
+        needed += _WORKSPACE[self._job.device.split(":")[0]]
         free = memory.free(self._job.device)
         if needed <= _flash_cost.SAFE * free:
             return None
@@ -157,7 +201,10 @@ class Sweep:
     def _too_long(self, backend: Backend, length: int, speed: float | None) -> Stop | None:
         least = _flash_cost.least_ms(self._params, _flash_cost.model_of(backend.name), length, self._peaks) / 1e3
         seconds = max(least, _flash_cost.flops(self._params, length) / speed if speed else 0.0)
-        calls = self._params.runs + 4  # one is weighed, two warm up, and a backward pass needs its forward
+        on_gpu = self._job.device.startswith("cuda")
+        calls = (
+            _CUDA_CALLS if on_gpu else self._params.runs + 4
+        )  # one weighed, two to warm up, a forward for a backward
         if calls * seconds <= POINT_SECONDS:
             return None
         reason = (

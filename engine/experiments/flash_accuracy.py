@@ -6,13 +6,13 @@ Legend: N bins of a histogram.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from engine.errors import JobCancelledError, JobFailedError
-from engine.experiments._flash import BACKENDS, BackendName, Dtype, ShapeParams, Stop
+from engine.experiments._flash import BACKENDS, BackendName, Dtype, ShapeParams, Stop, number_in_words
 from engine.experiments._flash_cost import model_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ EDGES = np.linspace(-9, 1, 81)
 
 _BOUND = 2.0
 _SAME = 1.1
+_TF32_STEP = 2.0**-10
 
 
 class Params(ShapeParams):
@@ -85,12 +86,14 @@ class Errors:
 
 @dataclass(frozen=True)
 class Precision:
-    """Standard attention on float32 numbers, computed in one precision, the rounding of the input counted.
+    """Attention to float32 numbers, computed in one precision, the rounding of the input counted.
 
     Args:
-        name: e.g. ``"float16"``, ``"TF32"``.
+        name: e.g. ``"float16"``, ``"TF32"`` for standard attention; on a GPU ``"FlashAttention, fast"`` and
+            ``"FlashAttention, exact"`` as well, which are what the layer of that name makes of float32.
         rms: error relative to the rms of the output, against float64.
-        epsilon: distance from 1 to the next number of the format.
+        epsilon: distance from 1 to the next number of the format; of 11 significant bits for the fast layer, which
+            computes in float16 with float32 sums.
     """
 
     name: str
@@ -210,41 +213,49 @@ def _errors(backend: str, label: str, difference: Tensor, scale: float, before: 
 
 
 def _precisions(params: Params, inputs: list[Tensor], device: str) -> tuple[Precision, ...]:
-    """Standard attention on the same float32 numbers in one precision after the other."""
+    """The same float32 numbers in one precision after the other."""
     import torch
 
+    from engine.flash.attention import FlashAttention
     from engine.flash.backends import BACKENDS as EXISTING
 
     reference = _reference(params, [tensor.double() for tensor in inputs])
     scale = reference.square().mean().sqrt()
 
-    def error(dtype: torch.dtype) -> float:
-        output = EXISTING["standard"].run(*(tensor.to(dtype) for tensor in inputs), params.causal, None)
+    def distance(output: Tensor) -> float:
         return ((output.double() - reference).square().mean().sqrt() / scale).item()
+
+    def standard(dtype: torch.dtype) -> float:
+        return distance(EXISTING["standard"].run(*(tensor.to(dtype) for tensor in inputs), params.causal, None))
+
+    def layer(precision: Literal["fast", "exact"]) -> float:
+        return distance(FlashAttention(params.head_dim, params.causal, precision=precision)(*inputs))
 
     on_gpu, before = device.startswith("cuda"), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        found = [Precision("float32", error(torch.float32), torch.finfo(torch.float32).eps)]
+        found = [Precision("float32", standard(torch.float32), torch.finfo(torch.float32).eps)]
         if on_gpu:
+            found.append(Precision("FlashAttention, exact", layer("exact"), torch.finfo(torch.float32).eps))
             torch.set_float32_matmul_precision("high")
-            found.append(Precision("TF32", error(torch.float32), 2.0**-10))
+            found.append(Precision("TF32", standard(torch.float32), _TF32_STEP))
+            found.append(Precision("FlashAttention, fast", layer("fast"), _TF32_STEP))
     finally:
         torch.set_float32_matmul_precision(before)
     halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    found += [Precision(name, error(dtype), torch.finfo(dtype).eps) for name, dtype in halves.items()]
+    found += [Precision(name, standard(dtype), torch.finfo(dtype).eps) for name, dtype in halves.items()]
     return tuple(found)
 
 
 def _describe(params: Params, errors: list[Errors]) -> str:
     standard, *others = errors
-    first = f"In {params.dtype} standard attention errs by {standard.rms:.2g} of the output's size"
+    first = f"In {params.dtype} standard attention errs by {number_in_words(standard.rms)} of the output's size"
     if not others:
         return f"{first}; there is no other backend to compare it with here."
     without_matrix = [error for error in others if model_of(error.backend) == "flash"]
     best = min(without_matrix or others, key=lambda error: error.rms)
     beyond = [error.label for error in others if error.within_bound is False]
-    said = f"{first}, {best.label} by {best.rms:.2g}"
+    said = f"{first}, {best.label} by {number_in_words(best.rms)}"
     if standard.rms and best.rms:
         ratio = best.rms / standard.rms
         said += (

@@ -14,13 +14,26 @@ from pydantic import Field, field_validator, model_validator
 from engine.errors import DoesNotFitError
 from engine.experiments import ExperimentParams
 from engine.experiments._ending import Ending, stopped
-from engine.experiments._flash import BACKENDS, ELEMENT_BYTES, GB, BackendName, Dtype, Peaks, Stop, bytes_in_words
+from engine.experiments._flash import (
+    BACKENDS,
+    ELEMENT_BYTES,
+    GB,
+    RUNS_WORDS,
+    BackendName,
+    Dtype,
+    Peaks,
+    Stop,
+    bytes_in_words,
+)
 from engine.experiments._flash_cost import SAFE
 
 if TYPE_CHECKING:
     from engine.experiments._flash_cache import Way
     from engine.measure import Evidence
     from engine.runtime.jobs import Job
+
+_FAR = 0.5
+"""Below this share of a copy's speed, memory is not what most of the time goes into."""
 
 MIN_LENGTH = 1024
 MAX_LENGTH = 2**18
@@ -65,9 +78,7 @@ class Params(ExperimentParams):
         title="Backends",
         description="Implementations to measure beside our own split. What does not exist here is left out.",
     )
-    runs: int = Field(
-        7, ge=3, le=50, title="Runs a point", description="Timed runs: their median is drawn, and their spread."
-    )
+    runs: int = Field(7, ge=3, le=50, title="Runs a point", description=RUNS_WORDS)
     seed: int = Field(0, ge=0, le=2**31 - 1, title="Seed", description="Of the random numbers.")
 
     @field_validator("max_length")
@@ -112,7 +123,8 @@ class Point:
         runs: how many were timed.
         cache_bytes: of keys and values, which have to be read once.
         bandwidth: `cache_bytes` / the median, in bytes/s.
-        bandwidth_share: of the measured speed of a large copy; above 1 where a processor's cache holds it all.
+        bandwidth_share: of the measured speed of a large copy; above 1 where a processor's cache holds it all, and
+            where reading alone is faster than copying.
     """
 
     backend: str
@@ -206,6 +218,7 @@ def run(params: Params, job: Job) -> Result:
     peaks = measure_peaks(job.device, params.dtype)
     merged = _merge(params, job.device)
     total = len(ways) * len(params.lengths)
+    on_gpu = job.device.startswith("cuda")
     points: list[Point] = []
     stops: list[Stop] = []
     last = ""
@@ -220,11 +233,11 @@ def run(params: Params, job: Job) -> Result:
             peaks=peaks,
             intensity=2 * params.heads / (params.kv_heads * ELEMENT_BYTES[params.dtype]),
             ungrouped_bytes=params.cache_bytes(params.max_length) * params.heads // params.kv_heads,
-            on_gpu=job.device.startswith("cuda"),
+            on_gpu=on_gpu,
             evidence=(*((f"last point: {last}",) if last else ()), *peaks.evidence),
             ended=ended,
             ending=ending,
-            sentence=_describe(params, tuple(points)),
+            sentence=_describe(params, tuple(points), on_gpu=on_gpu),
             device=where,
             versions=software,
         )
@@ -351,7 +364,7 @@ def _too_much(params: Params, way: Way, length: int, free: int) -> Stop | None:
     return Stop(way.name, way.label, length, "memory", reason, needed, free)
 
 
-def _describe(params: Params, points: tuple[Point, ...]) -> str:
+def _describe(params: Params, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     """How near the fastest comes to a copy at the longest length, what splitting did, and what grouping saves."""
     if not points:
         return ""
@@ -364,16 +377,25 @@ def _describe(params: Params, points: tuple[Point, ...]) -> str:
         f"One query against {longest:,} tokens reads {bytes_in_words(best.cache_bytes)} of cache. Fastest is "
         f"“{best.label}”{among} with {best.median_ms:.3g} ms: {best.bandwidth / GB:.3g} GB/s, "
         f"{best.bandwidth_share:.0%} of what a large copy reaches here"
-        + (", more than memory gives, as a processor's own caches hold it." if best.bandwidth_share > 1 else ".")
+        + (f", {_why_above_copy(on_gpu)}." if best.bandwidth_share > 1 else ".")
+        + (" What is missing is not memory's: starting kernels and arithmetic." if best.bandwidth_share < _FAR else "")
     ]
     if "split" in row and "whole" in row:
         said.append(_splitting(params.splits, row["whole"], row["split"]))
+        if not on_gpu:
+            said.append("Splits are for GPUs, where one query alone leaves most multiprocessors idle.")
     groups = params.heads // params.kv_heads
     if groups > 1:
         said.append(
             f"Were keys and values not shared by {groups} heads each, it would be {groups} times as many bytes."
         )
     return " ".join(said)
+
+
+def _why_above_copy(on_gpu: bool) -> str:
+    if on_gpu:
+        return "which is possible, as reading alone is faster than copying"
+    return "more than memory gives, as a processor's own caches hold it"
 
 
 def _splitting(splits: int, whole: Point, split: Point) -> str:

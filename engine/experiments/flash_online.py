@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from engine.experiments import ExperimentParams
-from engine.experiments._flash import Dtype
+from engine.experiments._flash import Dtype, number_in_words
 
 if TYPE_CHECKING:
     from engine.runtime.jobs import Job
@@ -173,9 +173,9 @@ def run(params: Params, job: Job) -> Result:
 
 def _describe(dtype: Dtype, found: Result) -> str:
     rises = sum(after.maximum > after.maximum_before for after in found.chunks[1:])
-    times = {0: "not again", 1: "once more", 2: "twice more"}.get(rises, f"{rises} times more")
-    online = f"its maximum rose {times} after the first chunk"
-    right = f"the online softmax is within {found.online_error:.1g} of float64 ({online})"
+    times = {0: "did not rise again", 1: "rose once more", 2: "rose twice more"}.get(rises, f"rose {rises} times more")
+    online = f"its maximum {times} after the first chunk"
+    right = f"the online softmax is within {number_in_words(found.online_error)} of float64 ({online})"
     if found.overflowed:
         many, total = len(found.overflowed), len(found.scores)
         return (
@@ -192,7 +192,7 @@ def _describe(dtype: Dtype, found: Result) -> str:
     room = found.exp_limit - found.scores.max()
     return (
         f"Nothing overflows {dtype} here, the largest score is {room:.1f} below its limit of {found.exp_limit:.1f}: "
-        f"the naive softmax is within {found.naive_error:.1g} of float64, and {right}."
+        f"the naive softmax is within {number_in_words(found.naive_error)} of float64, and {right}."
     )
 
 

@@ -13,19 +13,21 @@ from pydantic import Field
 
 from engine.experiments import _flash_cost
 from engine.experiments._ending import Ending, stopped
-from engine.experiments._flash import Peaks, Stop, SweepParams
+from engine.experiments._flash import RUNS_WORDS, Peaks, Stop, SweepParams, why_above_peak
 
 if TYPE_CHECKING:
     from engine.experiments._flash_sweep import Measured
     from engine.runtime.jobs import Job
 
 
+_FAR = 0.3
+"""Below this share of the roof, neither arithmetic nor memory is what holds a kernel up."""
+
+
 class Params(SweepParams):
     """The settings of the sweep."""
 
-    runs: int = Field(
-        3, ge=3, le=50, title="Runs a point", description="Timed runs: their median is drawn, and their spread."
-    )
+    runs: int = Field(3, ge=3, le=50, title="Runs a point", description=RUNS_WORDS)
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,10 @@ def run(params: Params, job: Job) -> Result:
             total=sweep.total,
             memory=_memory_words(on_gpu),
             on_gpu=on_gpu,
-            evidence=(*peaks.evidence, f"every point: median of {params.runs} runs or more, {params.direction}"),
+            evidence=(*peaks.evidence, f"every point: median of {_runs_in_words(params, on_gpu)}, {params.direction}"),
             ended=ended,
             ending=ending,
-            sentence=_describe(peaks, tuple(points)),
+            sentence=_describe(params, peaks, tuple(points), on_gpu=on_gpu),
             device=where,
             versions=software,
         )
@@ -179,6 +181,20 @@ def predict_paths(params: SweepParams) -> tuple[Path, ...]:
     )
 
 
+def describe_paths(paths: tuple[Path, ...]) -> str:
+    """How far both models move from the shortest to the longest sequence."""
+    lengths = paths[0].lengths
+    moves = [
+        f"{path.label} from {path.intensity[0]:.3g} to {path.intensity[-1]:.3g} "
+        f"(× {path.intensity[-1] / path.intensity[0]:.1f})"
+        for path in paths
+    ]
+    return (
+        f"By arithmetic alone, from {lengths[0]:,} to {lengths[-1]:,} tokens the FLOP for each byte moved change for "
+        f"{' and for '.join(moves)}."
+    )
+
+
 def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
     model, evidence = _flash_cost.model_of(found.backend.name), found.evidence
     flops = _flash_cost.flops(params, found.length)
@@ -211,12 +227,15 @@ def _memory_words(on_gpu: bool) -> str:
     )
 
 
-def _describe(peaks: Peaks, points: tuple[Point, ...]) -> str:
+def _runs_in_words(params: Params, on_gpu: bool) -> str:
+    return f"the runs of {10 * params.runs} ms, three at least" if on_gpu else f"{params.runs} runs"
+
+
+def _describe(params: Params, peaks: Peaks, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     """Where the roofs meet, and on which side of that the two models' longest points lie."""
     roof = f"This device turns from memory-bound to compute-bound at {peaks.ridge:.3g} FLOP a byte."
     if not points:
         return roof
-    longest = max(point.length for point in points)
     said = [roof]
     for model, label in _flash_cost.LABELS.items():
         of_model = [point for point in points if point.model == model]
@@ -227,17 +246,22 @@ def _describe(peaks: Peaks, points: tuple[Point, ...]) -> str:
         side, other = ("memory", "arithmetic") if best.intensity < peaks.ridge else ("arithmetic", "memory")
         said.append(
             f"At {length:,} tokens {label} does {best.intensity:.3g} FLOP for every byte that it is counted to move, "
-            f"where {side} and not {other} is the limit; {best.label} reaches {_reached(best, peaks)}."
+            f"where {side} and not {other} would be the limit. {best.label} reaches "
+            f"{_reached(best, peaks, why_above_peak(params.dtype, on_gpu=on_gpu))}."
         )
-    if longest > min(point.length for point in points):
-        said.append("With longer sequences flash attention moves right, standard attention hardly does.")
     return " ".join(said)
 
 
-def _reached(point: Point, peaks: Peaks) -> str:
-    share = f"{point.flops_per_second / point.roof:.0%} of it"
+def _reached(point: Point, peaks: Peaks, why_above: str) -> str:
+    reached = point.flops_per_second / point.roof
+    share = f"{reached:.0%} of it"
+    if reached < _FAR:
+        return (
+            f"{share}, far from it, so something else is the limit: too little work to fill the device, or what is not "
+            "counted here, such as starting kernels and taking exponentials"
+        )
     if point.low <= point.roof:
         return share
     if point.roof < peaks.flops:
         return f"{share}, as caches serve what is counted as memory"
-    return f"{share}: the product that stands for the limit was slower than it can be, so measure again"
+    return f"{share}, more than the large product that stands for arithmetic, {why_above}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.experiments import _flash_cost
 from engine.experiments._ending import Ending, stopped
-from engine.experiments._flash import Peaks, Stop, SweepParams, bytes_in_words
+from engine.experiments._flash import Peaks, Stop, SweepParams, bytes_in_words, why_above_peak
 from engine.experiments._flash_cost import Predicted, predict
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def run(params: Params, job: Job) -> Result:
     on_gpu = job.device.startswith("cuda")
     points: list[Point] = []
     stops: list[Stop] = []
-    last = ""
+    last = choice = ""
+    why_above = why_above_peak(params.dtype, on_gpu=on_gpu)
 
     def result(ended: Ending, ending: str) -> Result:
         return Result(
@@ -128,7 +129,7 @@ def run(params: Params, job: Job) -> Result:
             evidence=(*((f"last point: {last}",) if last else ()), *peaks.evidence, _how_weighed(on_gpu)),
             ended=ended,
             ending=ending,
-            sentence=describe_points(tuple(points), tuple(stops)),
+            sentence=" ".join(filter(None, (describe_points(tuple(points), tuple(stops), why_above), choice))),
             device=where,
             versions=software,
         )
@@ -148,6 +149,7 @@ def run(params: Params, job: Job) -> Result:
     if (done := len(points) + len(stops)) < sweep.total:
         ended, words = stopped(params, job)
         return result(ended, f"{words} after {done} of {sweep.total} points, which are shown.")
+    choice = describe_choice(tuple(points), sweep.correct())
     return result("finished", f"All {sweep.total} points are there.")
 
 
@@ -180,19 +182,46 @@ def _how_weighed(on_gpu: bool) -> str:
     return f"memory: {how} in one run, inputs not counted"
 
 
-def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...]) -> str:
-    """The fastest backend beside standard attention at the longest length that both reached, and why lines end."""
+def describe_choice(points: tuple[Point, ...], correct: set[str]) -> str:
+    """What `engine.flash.FlashAttention` would take at the longest length, by its own rule.
+
+    Args:
+        points: of which those at the longest length count.
+        correct: names of the backends that err at most twice as much as standard attention.
+    """
+    longest = max((point.length for point in points), default=0)
+    row = sorted((point for point in points if point.length == longest), key=lambda point: point.median_ms)
+    chosen = next((point for point in row if point.backend in correct), None)
+    if chosen is None:
+        return ""
+    said = (
+        f"FlashAttention takes the fastest that errs at most twice as much as standard attention: at {longest:,} "
+        f"tokens, of those measured here, it would take {chosen.label}."
+    )
+    wrong = [point.label for point in row[: row.index(chosen)]]
+    return f"{said} {' and '.join(wrong)} is faster, but errs more than that." if wrong else said
+
+
+def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...], why_above: str) -> str:
+    """The fastest without the matrix beside standard attention, at the longest length of both, and why lines end.
+
+    Args:
+        points, stops: as `Result`'s.
+        why_above: how a kernel can be faster than the large product.
+    """
     ends = _ends(stops)
     by_length: dict[int, dict[str, Point]] = {}
     for point in points:
         by_length.setdefault(point.length, {})[point.backend] = point
-    compared = [length for length, row in by_length.items() if "standard" in row and len(row) > 1]
+    others = {point.backend for point in points if point.backend != "standard"}
+    others = {name for name in others if _flash_cost.model_of(name) == "flash"} or others
+    compared = [length for length, row in by_length.items() if "standard" in row and others & row.keys()]
     if not compared:
-        return " ".join(filter(None, (_alone(points), ends)))
+        return " ".join(filter(None, (_alone(points, why_above), ends)))
     longest = max(compared)
     row = by_length[longest]
     standard = row["standard"]
-    best = min((point for name, point in row.items() if name != "standard"), key=lambda point: point.median_ms)
+    best = min((row[name] for name in others & row.keys()), key=lambda point: point.median_ms)
     said = (
         f"At {longest:,} tokens {best.label} takes {best.median_ms:.3g} ms, standard attention {standard.median_ms:.3g}"
     )
@@ -205,6 +234,8 @@ def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...]) -> str:
         )
         said += "as long" if slower is standard else "faster"
     said += "."
+    if best.peak_share > _ABOVE:
+        said += f" That is {best.peak_share:.0%} of the large product that stands for the peak, {why_above}."
     return " ".join(filter(None, (said, _memory_words(by_length, longest, best), ends)))
 
 
@@ -227,7 +258,7 @@ def _memory_words(by_length: dict[int, dict[str, Point]], longest: int, best: Po
     return f"{said}."
 
 
-def _alone(points: tuple[Point, ...]) -> str:
+def _alone(points: tuple[Point, ...], why_above: str) -> str:
     """Without standard attention to compare with: the fastest at the longest length."""
     if not points:
         return ""
@@ -235,7 +266,7 @@ def _alone(points: tuple[Point, ...]) -> str:
     best = min((point for point in points if point.length == longest), key=lambda point: point.median_ms)
     said = f"At {longest:,} tokens {best.label} takes {best.median_ms:.3g} ms: {best.tflops:.3g} TFLOP/s, "
     if best.peak_share > _ABOVE:
-        return f"{said}more than the large product reached here, which other work must have held up."
+        return f"{said}more than the large product reached here, {why_above}."
     return f"{said}{best.peak_share:.0%} of what a large product reaches here."
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from engine.experiments import ExperimentParams
+from engine.experiments._flash import bytes_in_words, number_in_words
+from engine.flash.traffic import flash_traffic, standard_traffic, theorem, tile_sizes
 
 if TYPE_CHECKING:
     from engine.runtime.jobs import Job
@@ -118,13 +120,31 @@ class Result:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that are moved, over on-chip memory. Legend: N sizes.
+
+    Args:
+        on_chip: (N,), M in bytes.
+        counted: (N,), moved in all with the tiles of the paper for M.
+        theorem: (N,), T²d²/M, in bytes as well.
+        standard: that standard attention moves.
+        sentence: what it comes to.
+    """
+
+    on_chip: np.ndarray
+    counted: np.ndarray
+    theorem: np.ndarray
+    standard: int
+    sentence: str
+
+
 def run(params: Params, job: Job) -> Result:
     """Stream the tiles once and keep what a page draws."""
     import torch
 
     from engine.attention import attend
     from engine.flash.tiled import stream_tiles, tiled_attention
-    from engine.flash.traffic import standard_traffic
     from engine.masks import causal, materialize
 
     T, d = params.length, params.head_dim
@@ -182,13 +202,38 @@ def run(params: Params, job: Job) -> Result:
     return replace(result, sentence=_describe(params, result))
 
 
+def predict_traffic(params: Params) -> Traffic:
+    """What on-chip memory is worth, from tiles of one row to tiles of the whole sequence; needs no torch."""
+    T, d = params.length, params.head_dim
+    smallest = 4 * d * _NUMBER
+    on_chip = smallest << np.arange((T - 1).bit_length() + 1)
+    counted = np.array(
+        [flash_traffic(T, T, d, _NUMBER, *_blocks_for(params, int(size)), params.causal).total for size in on_chip]
+    )
+    return Traffic(
+        on_chip=on_chip,
+        counted=counted,
+        theorem=np.array([theorem(T, d, int(size), _NUMBER) for size in on_chip]),
+        standard=standard_traffic(T, T, d, _NUMBER).total,
+        sentence=(
+            f"From {bytes_in_words(on_chip[0])} on the chip (tiles of one row) to {bytes_in_words(on_chip[-1])} (the "
+            f"whole sequence in a tile) the bytes that are counted fall {counted[0] / counted[-1]:.1f} times. By the "
+            f"theorem, T²d²/M, they fall {on_chip[-1] / on_chip[0]:.0f} times: it is an order of growth without a "
+            "factor, for M up to T · d numbers, and leaves out that queries are read and outputs written once whatever "
+            "M is."
+        ),
+    )
+
+
 def _blocks(params: Params) -> tuple[int, int]:
     """Rows and columns of a tile. FlashAttention-2 keeps queries where the paper's first version kept keys."""
-    from engine.flash.traffic import tile_sizes
-
-    rows, columns = params.block_q, params.block_k
     if params.on_chip is not None:
-        columns, rows = tile_sizes(params.head_dim, round(params.on_chip * 1024), _NUMBER)
+        return _blocks_for(params, round(params.on_chip * 1024))
+    return min(params.block_q, params.length), min(params.block_k, params.length)
+
+
+def _blocks_for(params: Params, on_chip: int) -> tuple[int, int]:
+    columns, rows = tile_sizes(params.head_dim, on_chip, _NUMBER)
     return min(rows, params.length), min(columns, params.length)
 
 
@@ -211,5 +256,5 @@ def _describe(params: Params, found: Result) -> str:
     )
     return (
         f"FlashAttention computes {seen} and moves {found.flash_bytes:,} bytes, {less}; {held}. In float64 the two "
-        f"outputs differ by at most {found.difference:.0g}."
+        f"outputs differ by at most {number_in_words(found.difference)}."
     )

@@ -20,7 +20,7 @@ LARGEST_SCORE = 2.0**7
 """Scores up to here come out of float16 with an error below 1/8, in weights of at most an eighth."""
 
 HALF_RANGE = (2.0**-14, 2.0**15)
-"""Where float16 has all its digits, with room for sums."""
+"""Where float16 has all its digits, with room for sums: what the largest number of every row must lie in."""
 
 
 class StandardAttention(nn.Module):
@@ -57,15 +57,18 @@ class StandardAttention(nn.Module):
 class FlashAttention(nn.Module):
     """The same numbers without the matrix: softmax(QKᵀ / √d) V tile by tile, by the fastest kernel there is here.
 
-    Flash kernels are half precision. On CUDA, float32 input is computed in float16 with float32 sums, which is the
-    precision of TF32 (11 significant bits), and so are its gradients; the result is float32 again. Input that this
-    would spoil is computed in float32: scores beyond ±128, values beyond float16's range, gradients that overflow.
-    Whether input is of that kind is read from the device at each call, which `torch.compile` and CUDA graphs do not
-    allow: under these float32 stays float32.
+    Flash kernels are half precision. On CUDA, float32 input is computed in float16 with float32 sums, and so are its
+    gradients; the result is float32 again. That has TF32's 11 significant bits, but not its range: errors are relative
+    to the largest numbers of a row that goes in and of a head that comes out, and what is ten thousand times smaller
+    than these has fewer digits than TF32 would leave it. Input that this would spoil is computed in float32: scores
+    beyond ±128, rows of Q, K, V or the upstream gradient beyond float16's range, gradients that overflow. Whether input
+    is of that kind is read from the device at each call, which `torch.compile` and CUDA graphs do not allow: under
+    these float32 stays float32.
 
     The first calls of a kind (device, dtype, d, lengths, heads, mask, gradients) go to a kernel that takes no time to
-    start. Then the backends are measured once, on the tensors of that call, and the fastest that is correct serves all
-    calls after it, in every module of this process.
+    start. Then the backends are measured once, on the tensors of that call, which can take a minute, and the fastest
+    that is correct serves all calls after it, in every module of this process. Nothing is measured for a single query:
+    on a GPU that is PyTorch's flash kernel, which splits a long cache among the processors.
 
     No finite input gives anything but finite numbers, with one exception: half precision on CUDA is handed to the
     kernel as it is, which may overflow where bfloat16 goes beyond 10^18, or values come within a thousandth of the
@@ -121,23 +124,40 @@ class FlashAttention(nn.Module):
             return self._attend(Q, K, V)
         if Q.dtype == torch.float32 and not _unreadable(Q) and fits_half_precision(Q, K, V, self.head_dim**-0.5):
             if _needs_gradients(Q, K, V):
-                return InHalfPrecision.apply(Q, K, V, self._attend, self._saturated)
+                return self._differentiable_in_half(Q, K, V)
             return self._attend(Q.half(), K.half(), V.half()).float()
         return self._saturated(Q, K, V)
 
+    def _differentiable_in_half(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        used: list[Backend] = []
+
+        def attend(*halves: Tensor) -> Tensor:
+            output, backend = self._run(*halves)
+            used.append(backend)
+            return output
+
+        def leave_out(error: Exception, q: Tensor, k: Tensor) -> None:
+            choice.leave_out(used[-1], error, q, k, causal=self.causal, grad=True)
+
+        return InHalfPrecision.apply(Q, K, V, attend, self._saturated, leave_out)
+
     def _attend(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        return self._run(Q, K, V)[0]
+
+    def _run(self, Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Backend]:
+        """The output, and the backend that it is from."""
         grad = _needs_gradients(Q, K, V)
         backend = self._backend(Q, K, V, grad)
         if self.backend is not None or torch.compiler.is_compiling():
-            return backend.run(Q, K, V, self.causal)
+            return backend.run(Q, K, V, self.causal), backend
         try:
-            return backend.run(Q, K, V, self.causal)
+            return backend.run(Q, K, V, self.causal), backend
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if not choice.leave_out(backend, error, Q, K, causal=self.causal, grad=grad):
                 raise
-            return self._attend(Q, K, V)
+            return self._run(Q, K, V)
 
     def _backend(self, Q: Tensor, K: Tensor, V: Tensor, grad: bool) -> Backend:
         if self.backend is None:
@@ -181,9 +201,9 @@ class FlashAttention(nn.Module):
 
 
 def fits_half_precision(Q: Tensor, K: Tensor, V: Tensor, scale: float) -> bool:
-    """Whether float16 does to these float32 tensors no more than TF32 would.
+    """Whether float16 leaves these float32 tensors TF32's digits: small scores, and no row beyond float16's range.
 
-    No score can exceed |q| |k| scale. Three numbers are read from the device.
+    No score can exceed |q| |k| scale. The numbers are read from the device at once.
 
     Args:
         Q: (B, H, Tq, d).
@@ -195,16 +215,26 @@ def fits_half_precision(Q: Tensor, K: Tensor, V: Tensor, scale: float) -> bool:
         return False
     with torch.no_grad():
         lengths = [torch.linalg.vector_norm(x, dim=-1).amax() for x in (Q, K)]
-        q, k, v = torch.stack([*lengths, torch.linalg.vector_norm(V, math.inf)]).tolist()
+        ends = [end for x in (Q, K, V) for end in _row_range(x)]
+        q, k, *found = torch.stack([*lengths, *ends]).tolist()  # then least and largest in turn
     low, high = HALF_RANGE
-    return q * k * abs(scale) <= LARGEST_SCORE and max(q, k) <= high and (v == 0 or low <= v <= high)
+    inside = all(least >= low and most <= high for least, most in zip(found[::2], found[1::2], strict=True))
+    return inside and q * k * abs(scale) <= LARGEST_SCORE
+
+
+def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest numbers of the rows of (…, d): the least but 0, infinite if there is none, and the largest."""
+    rows = torch.linalg.vector_norm(x, math.inf, dim=-1)
+    return torch.where(rows == 0, math.inf, rows).amin(), rows.amax()
 
 
 class InHalfPrecision(torch.autograd.Function):
-    """A float32 function computed in float16, forward and backward; gradients that overflow are computed anew.
+    """A float32 function computed in float16, forward and backward.
 
     Gradients of a mean are smaller than float16's smallest number, so the largest of the upstream gradient is brought
-    between 1 and 2 by a power of two, which the results are divided by.
+    between 1 and 2 by a power of two, for each key head, which the results are divided by. Gradients that overflow, or
+    whose upstream has rows that float16 cannot hold beside the largest, or that the function fails at, are computed
+    anew in float32.
     """
 
     @staticmethod
@@ -215,15 +245,19 @@ class InHalfPrecision(torch.autograd.Function):
         V: Tensor,
         function: Callable[[Tensor, Tensor, Tensor], Tensor],
         exact: Callable[[Tensor, Tensor, Tensor], Tensor],
+        failed: Callable[[Exception, Tensor, Tensor], object],
     ) -> Tensor:
-        """`function` of the three in float16; `exact` is the same in float32, for gradients that overflow."""
+        """`function` of the three in float16; `exact` is the same in float32, for gradients that come out wrong.
+
+        `failed` is told an error of the backward pass, and of which queries and keys.
+        """
         needed = ctx.needs_input_grad[:3]
         leaves = [x.detach().half().requires_grad_(wanted) for x, wanted in zip((Q, K, V), needed, strict=True)]
         with torch.set_grad_enabled(any(needed)):
             output = function(*leaves)
         if any(needed):
             ctx.save_for_backward(Q, K, V)
-            ctx.leaves, ctx.output, ctx.exact = leaves, output, exact
+            ctx.leaves, ctx.output, ctx.exact, ctx.failed = leaves, output, exact, failed
         return output.detach().float()
 
     @staticmethod
@@ -231,18 +265,34 @@ class InHalfPrecision(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of Q, K and V that are asked for."""
         needed = ctx.needs_input_grad[:3]
-        size = torch.linalg.vector_norm(upstream, math.inf).clamp(min=torch.finfo(torch.float32).tiny)
-        factor = torch.exp2(-torch.floor(torch.log2(size)))
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        halves = torch.autograd.grad(ctx.output, wanted, (upstream * factor).half(), retain_graph=True)
-        found = [gradient.float() / factor for gradient in halves]
-        if not torch.stack([gradient.isfinite().all() for gradient in found]).all():
+        try:
+            found = _gradients_in_half(ctx.leaves, ctx.output, upstream)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            ctx.failed(error, *ctx.leaves[:2])
+            found = None
+        if found is None:
             leaves = [x.detach().requires_grad_(each) for x, each in zip(ctx.saved_tensors, needed, strict=True)]
             with torch.enable_grad():
                 output = ctx.exact(*leaves)
             found = torch.autograd.grad(output, [leaf for leaf in leaves if leaf.requires_grad], upstream)
         gradients = iter(found)
-        return *(next(gradients) if each else None for each in needed), None, None
+        return *(next(gradients) if each else None for each in needed), None, None, None
+
+
+def _gradients_in_half(leaves: list[Tensor], output: Tensor, upstream: Tensor) -> list[Tensor] | None:
+    """float32 gradients of those leaves that want them, or None where float16 spoils them."""
+    groups = leaves[1].shape[1]
+    by_group = upstream.unflatten(1, (groups, -1))  # (B, G, H/G, Tq, d)
+    size = torch.linalg.vector_norm(by_group, math.inf, dim=(2, 3, 4), keepdim=True)
+    factor = torch.exp2(-torch.floor(torch.log2(size.clamp(min=torch.finfo(torch.float32).tiny))))
+    scaled = (by_group * factor).flatten(1, 2)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    halves = torch.autograd.grad(output, wanted, scaled.half(), retain_graph=True)
+    found = [(half.float().unflatten(1, (groups, -1)) / factor).flatten(1, 2) for half in halves]
+    good = [_row_range(scaled)[0] >= HALF_RANGE[0], *(gradient.isfinite().all() for gradient in found)]
+    return found if torch.stack(good).all() else None
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

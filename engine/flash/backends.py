@@ -5,7 +5,9 @@
 
 A kernel brings its own conventions, and `run` hides them: causal always means that the last query sees the last key,
 query i the keys j ≤ i + Tk − Tq; a query that sees nothing has a zero output; H may be a multiple of G; every width
-that the backend admits is filled up to what its kernel wants.
+that the backend admits is filled up to what its kernel wants. Kernels differ most for a single query: without splitting
+the keys among programs they keep B·H of these busy at most. PyTorch's flash splits them, FlashAttention-3 and our own
+do not, and FlashAttention-4 cannot on compute capability 9.0.
 
 Legend: B batch, H query heads, G key/value heads (G divides H), Tq queries, Tk keys, d head width.
 """
@@ -75,7 +77,7 @@ class Backend:
         kernel: computes a case that is not refused, has keys, and where every query sees at least one of them.
         multiple: the kernel wants d to be one of this number; other widths are filled up with zeros.
         groups: whether the kernel lets query heads share key heads; otherwise these are repeated.
-        holds_weights: whether all (B, H, Tq, Tk) of them are in memory at once.
+        plans_per_shape: every new shape costs it a compilation or a plan, of tenths of a second and more.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Backend:
     kernel: Kernel
     multiple: int = 1
     groups: bool = True
-    holds_weights: bool = False
+    plans_per_shape: bool = False
 
     def why_not(
         self,
@@ -189,20 +191,33 @@ def _standard(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float) -> Te
     limits, sums = torch.finfo(Q.dtype), torch.finfo(torch.promote_types(Q.dtype, torch.float32))
     limit = min(limits.max, math.sqrt(sums.max / (2 * Q.shape[-1] * max(abs(scale), 1.0))))
     queries, keys = (x.clamp(-limit, limit).flatten(0, 1) for x in (Q, K))  # (B·H, T, d)
-    after = not Q.is_cuda and Q.dtype not in HALF_PRECISION  # a CPU's product would scale and round its factors first
-    scores = torch.baddbmm(Q.new_zeros(1, 1, 1), queries, keys.mT, beta=0, alpha=1.0 if after else scale)
-    scores = (scores.mul_(scale) if after else scores).unflatten(0, Q.shape[:2])  # (B, H, Tq, Tk)
-    if Q.dtype == torch.float16:
+    separate = not Q.is_cuda and Q.dtype not in HALF_PRECISION  # a CPU would scale and round the factors first
+    scores = torch.baddbmm(Q.new_zeros(1, 1, 1), queries, keys.mT, beta=0, alpha=1.0 if separate else scale)
+    scores = (scores.mul_(scale) if separate else scores).unflatten(0, Q.shape[:2])  # (B, H, Tq, Tk)
+    if Q.dtype == torch.float16 and _may_overflow(queries, keys, scale):
         scores = scores.clamp(limits.min, limits.max)
     if causal:
-        scores = scores.masked_fill(_hidden(Q, K), -math.inf)
+        with torch.no_grad():  # hidden weights are 0, and so are their scores' gradients without being told
+            scores.masked_fill_(_hidden(Q, K), -math.inf)
     return (scores.softmax(dim=-1) @ V).clamp(limits.min, limits.max)
+
+
+def _may_overflow(Q: Tensor, K: Tensor, scale: float) -> bool:
+    """Whether a score may overflow, scaled or not yet; on a GPU asked only where a pass over all of them costs more."""
+    if torch.compiler.is_compiling():
+        return True
+    if Q.is_cuda and (Q.shape[0] * Q.shape[1] * K.shape[1] < 2**24 or torch.cuda.is_current_stream_capturing()):
+        return True
+    with torch.no_grad():
+        lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (Q, K)]
+        return not (lengths[0] * lengths[1]).item() * max(abs(scale), 1.0) < torch.finfo(Q.dtype).max / 2
 
 
 def _hidden(Q: Tensor, K: Tensor) -> Tensor:
     """(Tq, Tk), True above the diagonal that ends at the bottom right."""
     queries, keys = Q.shape[-2], K.shape[-2]
-    return torch.ones(queries, keys, dtype=torch.bool, device=Q.device).triu(keys - queries + 1)
+    last = torch.arange(queries, device=Q.device)[:, None] + keys - queries
+    return torch.arange(keys, device=Q.device) > last
 
 
 def _sdpa(choice: SDPBackend) -> Kernel:
@@ -233,17 +248,31 @@ def _flex(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float) -> Tensor
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch._functorch import config
+
+    config.donated_buffer = False  # else a graph cannot be kept; every backward pass reads it, long after a patch
     return torch.compile(flex_attention.flex_attention, dynamic=False, fullgraph=True)
 
 
 @functools.lru_cache(maxsize=64)
 def _causal_blocks(queries: int, keys: int, device: str) -> flex_attention.BlockMask:
-    shift = keys - queries
+    """The blocks that queries see in part or whole, from arithmetic: `create_block_mask` holds all Tq × Tk booleans."""
+    shift, side = keys - queries, 128
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query + shift
 
-    return flex_attention.create_block_mask(visible, None, None, queries, keys, device=device)
+    first = torch.arange(0, queries, side, device=device)  # (rows of blocks,), the first query of each
+    after = (first + side).clamp(max=queries)
+    columns = torch.arange(-(-keys // side), dtype=torch.int32, device=device)  # (columns of blocks,)
+    seen = ((after + shift).clamp(min=0) + side - 1) // side  # blocks, counted from the left
+    whole = ((first + shift + 1).clamp(min=0) // side).clamp(max=keys // side) * (after - first == side)
+    order = (columns + whole[:, None]) % len(columns)  # what is cut begins after what is whole
+    counts = [x.to(torch.int32)[None, None] for x in (seen - whole, whole)]  # (1, 1, rows)
+    indices = [x.to(torch.int32).contiguous()[None, None] for x in (order, columns.expand_as(order))]
+    return flex_attention.BlockMask.from_kv_blocks(
+        counts[0], indices[0], counts[1], indices[1], side, visible, (queries, keys)
+    )
 
 
 def _flash_attn(module: str) -> Kernel:
@@ -267,7 +296,10 @@ def _flash_attn(module: str) -> Kernel:
 def _imported(module: str) -> Callable[..., Any] | str:
     """The module's `flash_attn_func`, or in one sentence why there is none; compiled extensions can raise anything."""
     try:
-        return importlib.import_module(module).flash_attn_func
+        found = importlib.import_module(module)
+        if getattr(found, "__file__", module) is None:  # a folder that other packages of the family put theirs into
+            return f"The module {module} cannot be imported: {module} is not installed."
+        return found.flash_attn_func
     except ModuleNotFoundError as error:
         return f"The module {module} cannot be imported: {error.name} is not installed."
     except Exception as error:
@@ -379,6 +411,13 @@ def _importable(module: str) -> Refusal:
     return refusal
 
 
+def _fa4_gradients(case: Case) -> str | None:
+    major, minor = _capability(case.device)
+    if case.grad and major < 9:
+        return f"Its gradients need a GPU of compute capability 9.0 or newer, and this one has {major}.{minor}."
+    return None
+
+
 def _fa4_widths(case: Case) -> str | None:
     wide = 256 if _capability(case.device)[0] == 9 else 128
     return _widths(256)(case) if case.head_dim > 248 and wide == 128 else _widths(wide)(case)
@@ -391,7 +430,6 @@ STANDARD = Backend(
     _all(_on_cpu_or_cuda, _dtypes(*FLOATS)),
     _standard,
     groups=False,
-    holds_weights=True,
 )
 
 BACKENDS: dict[str, Backend] = {
@@ -404,7 +442,6 @@ BACKENDS: dict[str, Backend] = {
             "torch",
             _all(_on_cpu_or_cuda, _dtypes(*FLOATS)),
             _sdpa(SDPBackend.MATH),
-            holds_weights=True,
         ),
         Backend(
             "torch-flash", "PyTorch, flash", "torch", _flash_cuda_or_cpu, _sdpa(SDPBackend.FLASH_ATTENTION), multiple=8
@@ -425,6 +462,7 @@ BACKENDS: dict[str, Backend] = {
             _all(_on_cuda, _dtypes(*HALF_PRECISION), _since(8), _cudnn_shapes),
             _sdpa(SDPBackend.CUDNN_ATTENTION),
             multiple=8,
+            plans_per_shape=True,
         ),
         Backend(
             "flex",
@@ -435,6 +473,7 @@ BACKENDS: dict[str, Backend] = {
             ),
             _flex,
             multiple=16,
+            plans_per_shape=True,
         ),
         Backend(
             "flash-attn-2",
@@ -462,7 +501,14 @@ BACKENDS: dict[str, Backend] = {
             "flash-attn-4",
             "FlashAttention-4",
             "flash-attn",
-            _all(_on_cuda, _dtypes(*HALF_PRECISION), _since(8), _fa4_widths, _importable("flash_attn.cute")),
+            _all(
+                _on_cuda,
+                _dtypes(*HALF_PRECISION),
+                _since(8),
+                _fa4_gradients,
+                _fa4_widths,
+                _importable("flash_attn.cute"),
+            ),
             _flash_attn("flash_attn.cute"),
             multiple=8,
         ),

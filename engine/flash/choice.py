@@ -2,7 +2,8 @@
 
 No backend is the fastest everywhere, and some take seconds to start. So a kind of call begins with a kernel that takes
 no start, and once it has come often enough every backend that takes it is tried on the very tensors of that call: as
-compilers do that interpret first and compile what turns out to be called often.
+compilers do that interpret first and compile what turns out to be called often. What only helps is never an error: if
+measuring fails, or the device is being measured already, the call is computed by the kernel that takes no start.
 
 Correct is what errs at most twice as much as standard attention in the same dtype, both against a higher precision:
 the rule by which FlashAttention's own tests judge it.
@@ -13,24 +14,38 @@ Legend: B batch, H query heads, G key/value heads, Tq queries, Tk keys, d head w
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
+from engine import memory
 from engine.errors import InputError
 from engine.flash.backends import BACKENDS, HALF_PRECISION, Backend, Case, standard_attention
-from engine.measure import Evidence, measure_time
+from engine.flash.traffic import held_matrices
+from engine.measure import Evidence, exclusive, is_held, measure_time
 
 STARTERS = ("torch-flash", "torch-efficient", "torch-math", "standard")
 """Without a cold start, the fastest first."""
 
+CALLS_BEFORE_PLANNING = 32
+"""Calls of one exact shape before it is worth a backend's plan for it; batches of any length come and go."""
+
+CALLS_AFTER_A_FAILURE = 10_000
+"""Calls of a kind that its starter serves once measuring has failed, before it is tried again."""
+
+LONGEST_WAIT = 5.0
+"""Seconds for which a call waits until other measurements are over."""
+
 SCORES_AT_ONCE = 2**26
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,10 @@ class Kind(NamedTuple):
 
 _choices: dict[Kind, Choice] = {}
 _calls: Counter[Kind] = Counter()
+_seen: Counter[tuple[object, ...]] = Counter()
+"""Calls of an exact shape since its kind was measured."""
+_settled: dict[tuple[object, ...], str] = {}
+"""The backend's name for an exact shape, once calls have nothing faster to wait for."""
 
 
 def fastest(
@@ -131,6 +150,7 @@ def fastest(
     kind = Kind.of(Q, K, causal, grad)
     if kind not in _choices:
         _choices[kind] = _measured(Q.detach(), K.detach(), V.detach(), causal, scale, grad)
+        _seen[_shape(Q, K, causal, grad)] = CALLS_BEFORE_PLANNING  # every backend has its plan for this one
     return _choices[kind]
 
 
@@ -139,20 +159,52 @@ def resolve(
 ) -> Backend:
     """The backend for this call: a starter for the first calls of a kind, then the fastest.
 
-    While `torch.compile` traces or a CUDA graph is recorded nothing can be measured, and the starter it is.
+    A starter it is as well while `torch.compile` traces, a CUDA graph is recorded or this thread measures something
+    that the call is a part of, for a single query, whose cache grows through many kinds, and where measuring fails. A
+    backend that plans for every shape serves those that have come often, and the best of the others the rest.
     """
     if torch.compiler.is_compiling() or (Q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return BACKENDS[_starter(str(Q.device), Q.dtype, Q.shape[-1], grad)]
+    shape = _shape(Q, K, causal, grad)
+    if shape in _settled:
+        return BACKENDS[_settled[shape]]
     kind = Kind.of(Q, K, causal, grad)
     found = _choices.get(kind)
-    if found is None:
+    if found is None and kind.Tq > 1:
         _calls[kind] += 1
-        if _calls[kind] <= calls_before_measuring:
-            return BACKENDS[_starter(str(Q.device), Q.dtype, Q.shape[-1], grad)]
-        found = fastest(Q, K, V, causal=causal, scale=scale, grad=grad)
+        if _calls[kind] > calls_before_measuring and not is_held(kind.device):
+            found = _tried(Q, K, V, causal, scale, grad)
+    starter = BACKENDS[_starter(str(Q.device), Q.dtype, Q.shape[-1], grad)]
+    if found is None:
+        return starter
+    _seen[shape] += 1
+    often = _seen[shape] > CALLS_BEFORE_PLANNING
     case = Case.of(Q, K, causal, grad)
-    ranking = (backend for backend in found.ranking() if backend.refusal(case) is None)
-    return next(ranking, None) or BACKENDS[_starter(*case[:3], grad)]
+    able = [*(backend for backend in found.ranking() if backend.refusal(case) is None), starter]
+    backend = next(each for each in able if often or not each.plans_per_shape)
+    if backend is able[0]:
+        _settled[shape] = backend.name
+    return backend
+
+
+def _tried(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float | None, grad: bool) -> Choice | None:
+    """What `fastest` finds, or None where it finds nothing now."""
+    kind = Kind.of(Q, K, causal, grad)
+    try:
+        with exclusive(kind.device, timeout=LONGEST_WAIT):
+            _logger.info("Measuring once which backend is the fastest for %s.", kind)
+            return fastest(Q, K, V, causal=causal, scale=scale, grad=grad)
+    except Exception as error:
+        reason = _failure(error)
+    if Q.is_cuda:
+        torch.cuda.empty_cache()
+    _calls[kind] = -CALLS_AFTER_A_FAILURE
+    _logger.warning("Nothing could be measured for %s, and it is computed without. %s", kind, reason)
+    return None
+
+
+def _shape(Q: Tensor, K: Tensor, causal: bool, grad: bool) -> tuple[object, ...]:
+    return Q.device, Q.dtype, Q.shape, K.shape, causal, grad
 
 
 def leave_out(backend: Backend, error: Exception, Q: Tensor, K: Tensor, *, causal: bool, grad: bool) -> bool:
@@ -161,13 +213,14 @@ def leave_out(backend: Backend, error: Exception, Q: Tensor, K: Tensor, *, causa
     if found is None or backend not in found.ranking():
         return False
     found.refused[backend.name] = _failure(error)
+    _settled.clear()
     return True
 
 
 def forget() -> None:
     """Forget every choice and every call."""
-    _choices.clear()
-    _calls.clear()
+    for remembered in (_choices, _calls, _seen, _settled):
+        remembered.clear()
 
 
 def error_against_reference(
@@ -187,7 +240,9 @@ def error_against_reference(
     """
     Q, K, V = Q.detach(), K.detach(), V.detach()
     upstream = _upstream(Q) if grad else None
-    return _distance(_results(backend, Q, K, V, upstream, causal, scale), _Reference(Q, K, V, upstream, causal, scale))
+    ends = sorted({(0, 0), (K.shape[0] - 1, K.shape[1] - 1)})
+    reference = _Reference(Q, K, V, upstream, causal, scale, ends)
+    return _distance(_results(backend, Q, K, V, upstream, causal, scale), reference)
 
 
 @torch.compiler.assume_constant_result
@@ -203,7 +258,8 @@ def _starter(device: str, dtype: torch.dtype, head_dim: int, grad: bool) -> str:
 def _measured(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float | None, grad: bool) -> Choice:
     case = Case.of(Q, K, causal, grad)
     upstream = _upstream(Q) if grad else None
-    reference = _Reference(Q, K, V, upstream, causal, scale)
+    every = list(itertools.product(range(K.shape[0]), range(K.shape[1])))  # a wrong stride shows in any of them
+    reference = _Reference(Q, K, V, upstream, causal, scale, every)
     baseline = _distance(reference.in_dtype(Q.dtype), reference)
     evidence, errors, refused = {}, {}, {}
     shape = f"{' and '.join(' × '.join(map(str, x.shape)) for x in (Q, K))}{', causal' if causal else ''}"
@@ -240,13 +296,19 @@ def _results(
 
 
 class _Reference:
-    """Standard attention for the first and the last key head, in a higher precision than the input's."""
+    """Standard attention for some key heads, each a pair of batch and head, in a higher precision than the input's."""
 
     def __init__(
-        self, Q: Tensor, K: Tensor, V: Tensor, upstream: Tensor | None, causal: bool, scale: float | None
+        self,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        upstream: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        picked: list[tuple[int, int]],
     ) -> None:
-        self._groups = K.shape[1]
-        self._picked = sorted({(0, 0), (K.shape[0] - 1, K.shape[1] - 1)})
+        self._groups, self._picked = K.shape[1], picked
         self._inputs = [self.pick(x) for x in (Q, K, V, *([] if upstream is None else [upstream]))]
         self._causal, self._scale = causal, scale
         self.results = self.in_dtype(torch.float32 if Q.dtype in HALF_PRECISION else torch.float64)
@@ -257,11 +319,18 @@ class _Reference:
 
     def in_dtype(self, dtype: torch.dtype) -> list[Tensor]:
         """The output, and after it the gradients of Q, K and V where there is an upstream gradient."""
-        Q, K, V, *upstream = (x.to(dtype) for x in self._inputs)
+        scores = self._inputs[0].shape[1] * self._inputs[0].shape[2] * self._inputs[1].shape[2]  # of one key head
+        at_once = max(1, SCORES_AT_ONCE // max(1, scores))
+        split = (x.to(dtype).split(at_once) for x in self._inputs)
+        parts = [self._in_blocks(*part) for part in zip(*split, strict=True)]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def _in_blocks(self, Q: Tensor, K: Tensor, V: Tensor, *upstream: Tensor) -> list[Tensor]:
+        """The same block by block of queries."""
         queries, keys = Q.shape[-2], K.shape[-2]
         step = max(1, SCORES_AT_ONCE // max(1, Q.shape[0] * Q.shape[1] * keys))
         outputs, dQ = [], []
-        dK, dV = (torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) for x in (K, V))
+        dK, dV = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (K, V))
         for first in range(0, queries, step):
             rows = slice(first, min(first + step, queries))
             seen = min(max(rows.stop + keys - queries, 0), keys) if self._causal else keys
@@ -311,11 +380,11 @@ def _upstream(Q: Tensor) -> Tensor:
 
 def _too_large(backend: Backend, Q: Tensor, K: Tensor, grad: bool) -> str | None:
     """Why a backend that holds all weights is not even tried: running out of memory ends a process on the CPU."""
-    if not backend.holds_weights:
+    numbers = Q.shape[0] * Q.shape[1] * Q.shape[2] * K.shape[2] * Q.dtype.itemsize
+    needed = numbers * held_matrices(backend.name, Q.dtype.itemsize, grad)
+    if needed == 0:
         return None
-    scores = Q.shape[0] * Q.shape[1] * Q.shape[2] * K.shape[2]
-    needed = scores * max(Q.dtype.itemsize, 4) * (6 if grad else 3)
-    free = torch.cuda.mem_get_info(Q.device)[0] if Q.is_cuda else psutil.virtual_memory().available
+    free = memory.free(str(Q.device))
     if needed <= free / 2:
         return None
     return f"It would hold {needed / 2**30:,.1f} GiB of scores and weights, and {free / 2**30:,.1f} GiB are free."

@@ -62,6 +62,23 @@ def tile_sizes(d: int, on_chip_bytes: int, element_bytes: int) -> tuple[int, int
     return min(columns, d), columns
 
 
+def held_matrices(backend: str, element_bytes: int, grad: bool) -> int:
+    """How many matrices of B·H·Tq·Tk numbers of the input's size a backend holds at once: 0 for all but two.
+
+    Scores beside weights, and for gradients the weights beside their own gradients and the scores'. PyTorch's "math"
+    computes half precision in float32.
+
+    Args:
+        backend: its name in `engine.flash.backends.BACKENDS`.
+        element_bytes: width of a number, in bytes.
+        grad: whether gradients are computed as well.
+    """
+    if backend not in ("standard", "torch-math"):
+        return 0
+    widened = backend == "torch-math" and element_bytes == 2
+    return (3 if grad else 2) + (3 if widened else 0)
+
+
 def standard_traffic(Tq: int, Tk: int, d: int, element_bytes: int) -> Traffic:
     """One head of standard attention, forward; a causal mask saves nothing.
 

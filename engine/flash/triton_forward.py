@@ -3,9 +3,10 @@
     output = attend(Q, K, V, causal=True)
 
 One program computes Br rows of one head's output. It reads its queries once, walks over the keys and values in tiles of
-Bc, and writes once; scores and weights never leave the chip. A tile that the causal mask or the end of the sequence
-cuts through costs comparisons, so whole tiles come first and without them, then the few that are cut. Exponentials are
-of base 2, which is what the chip has: e^x = 2^(x · log₂e), and log₂e is part of the scale.
+Bc, and writes once; scores and weights never leave the chip. Keys are not split among programs as in
+`engine.flash.split`: a single query keeps B·H programs busy, however long the cache. A tile that the causal mask or the
+end of the sequence cuts through costs comparisons, so whole tiles come first and without them, then the few that are
+cut. Exponentials are of base 2, which is what the chip has: e^x = 2^(x · log₂e), and log₂e is part of the scale.
 
 Legend: B batch, H query heads, G key/value heads, Tq queries, Tk keys, d head width, D the power of two that holds d,
 Br and Bc rows and columns of a tile.
@@ -48,7 +49,7 @@ LAUNCHES = (
     Launch(64, 64, 4, 3),
     Launch(64, 32, 4, 2),
 )
-"""From which the fastest is chosen, once for every width, mask, dtype and power of two of lengths."""
+"""From which the fastest is chosen, once for every width, mask, dtype and powers of two of both lengths."""
 
 
 def attend(
@@ -73,7 +74,7 @@ def attend(
     (batch, heads, queries, width), (groups, keys) = Q.shape, K.shape[1:3]
     output = torch.empty_like(Q)
     scale = (width**-0.5 if scale is None else scale) * math.log2(math.e)
-    shape = (heads, heads // groups, queries, keys, scale, max(queries, keys).bit_length())
+    shape = (heads, heads // groups, queries, keys, scale, queries.bit_length(), keys.bit_length())
     constants = {"WIDTH": width, "D": max(16, triton.next_power_of_2(width)), "CAUSAL": causal}
     tensors = (Q, K, V, output)
     strides = [stride for x in tensors for stride in x.stride()[:3]]
@@ -96,11 +97,11 @@ def attend(
     return output
 
 
-def _grid(queries: int, heads: int, block_q: int) -> tuple[int, int]:
-    return triton.cdiv(queries, block_q), heads
+def _grid(queries: int, heads: int, block_q: int) -> tuple[int]:
+    return (triton.cdiv(queries, block_q) * heads,)  # CUDA counts to 65535 only on other axes than the first
 
 
-@triton.jit(do_not_specialize=["length_class"])
+@triton.jit(do_not_specialize=["query_class", "key_class"])
 def _forward_kernel(
     Q,
     K,
@@ -123,24 +124,27 @@ def _forward_kernel(
     queries,
     keys,
     scale,  # times log₂e
-    length_class,  # for the choice of the launch alone
+    query_class,  # for the choice of the launch alone, as is the next
+    key_class,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last rows have most to do
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last rows have most to do
+    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
     group = head // heads_per_group
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (Br,)
+    row_places = rows.to(tl.int64)[:, None]  # times a stride they may be past what 32 bits hold
     channels = tl.arange(0, D)  # (D,)
     Q += batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     K += batch.to(tl.int64) * k_batch + group.to(tl.int64) * k_head
     V += batch.to(tl.int64) * v_batch + group.to(tl.int64) * v_head
     output += batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     inside = (rows < queries)[:, None] & (channels < WIDTH)[None, :]
-    q = tl.load(Q + rows[:, None] * q_token + channels[None, :], mask=inside, other=0.0)  # (Br, D)
+    q = tl.load(Q + row_places * q_token + channels[None, :], mask=inside, other=0.0)  # (Br, D)
 
     maximum = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -164,7 +168,7 @@ def _forward_kernel(
 
     mixed /= tl.where(total > 0, total, 1.0)[:, None]  # a row that saw nothing stays 0
     tl.store(
-        output + rows[:, None] * o_token + channels[None, :], mixed.to(output.dtype.element_ty), mask=inside
+        output + row_places * o_token + channels[None, :], mixed.to(output.dtype.element_ty), mask=inside
     )  # (Br, D)
 
 
@@ -175,9 +179,10 @@ def _absorb(
 ):  # fmt: skip
     """One tile of keys: raise the maximum, rescale what was summed relative to the old one, add the tile's share."""
     columns = first + tl.arange(0, BLOCK_K)  # (Bc,)
+    places = columns.to(tl.int64)
     channels = tl.arange(0, D)  # (D,)
-    k_places = K + columns[None, :] * k_token + channels[:, None]  # (D, Bc)
-    v_places = V + columns[:, None] * v_token + channels[None, :]  # (Bc, D)
+    k_places = K + places[None, :] * k_token + channels[:, None]  # (D, Bc)
+    v_places = V + places[:, None] * v_token + channels[None, :]  # (Bc, D)
     if CUT or WIDTH < D:
         there = columns < keys
         real = channels < WIDTH
@@ -210,5 +215,5 @@ _tuned_kernel = triton.autotune(
         )
         for launch in LAUNCHES
     ],
-    key=["WIDTH", "CAUSAL", "length_class"],
+    key=["WIDTH", "CAUSAL", "query_class", "key_class"],
 )(_forward_kernel)

@@ -27,14 +27,14 @@ def test_points_appear_when_it_is_measured(visit):
     visitor.open("/flash", max_length="256", heads=2)
     page = visitor.page
     page.locator(".st-key-_flash_speed_run_start button").click()
-    plot = page.locator(".st-key-flash_speed .js-plotly-plot")
+    plot = page.locator(".st-key-flash_speed .js-plotly-plot").last  # while it is redrawn, the one before is there too
     expect(plot).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_text("Measured on")).to_be_visible(timeout=PATIENCE)
     expect(plot).to_contain_text("Standard attention")
     visitor.settle()
     page.get_by_role("radio", name="% of peak").click()
     visitor.settle()
-    expect(plot).to_contain_text("measured peak")
+    expect(plot).to_contain_text("measured peak", timeout=PATIENCE)
     assert "flash_quantity=" in page.url
 
 

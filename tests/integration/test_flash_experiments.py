@@ -202,21 +202,82 @@ class TestSweeps:
         assert standard.peak_bytes[-1] / standard.peak_bytes[-2] == pytest.approx(4, rel=0.02)
         np.testing.assert_allclose(flash.peak_bytes[1:] / flash.peak_bytes[:-1], 2)
 
-    @pytest.mark.parametrize(("share", "said"), [(0.5, "50% of what a large product reaches"), (1.4, "held up")])
-    def test_without_standard_attention_the_fastest_is_held_against_the_peak(self, share, said):
+    @pytest.mark.parametrize(
+        ("share", "dtype", "on_gpu", "said"),
+        [
+            (0.5, "float32", False, "50% of what a large product reaches"),
+            (1.4, "float32", False, "other work held that product up"),
+            (1.4, "bfloat16", True, "other work held that product up"),
+            (1.4, "float32", True, "tensor cores"),
+        ],
+    )
+    def test_without_standard_attention_the_fastest_is_held_against_the_peak(self, share, dtype, on_gpu, said):
         point = flash_speed.Point("flex", "flex", 512, 1, 1.0, 1.0, 1.0, 5, 1, 1, 0.1, 1.0, share)
-        assert said in flash_speed.describe_points((point,), ())
+        why = _flash.why_above_peak(dtype, on_gpu=on_gpu)
+        assert said in flash_speed.describe_points((point,), (), why)
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_what_flash_attention_would_choose_is_the_fastest_that_is_correct(self, direction, monkeypatch):
+        def times(function, device, *, dtype, shape, runs):
+            name = next(calls)
+            return measure.Evidence(
+                1.0 if name == "torch-math" else 2.0, 0.5, 3.0, runs, "none", device, str(dtype), shape, {}
+            )
+
+        def slightly_wrong(Q, K, V, causal, scale):
+            return BACKENDS["torch-flash"].kernel(Q, K, V, causal, 1.1 * scale)
+
+        params = flash_speed.Params(**SMALL, direction=direction)
+        monkeypatch.setattr(_flash_sweep, "measure_peaks", lambda *_: _flash.Peaks(1e12, 1e11, ()))
+        monkeypatch.setattr(measure, "measure_time", times)
+        calls = itertools.cycle(CPU)
+        label = BACKENDS["torch-math"].label
+        assert f"it would take {label}" in flash_speed.run(params, LocalJob()).sentence
+        monkeypatch.setitem(BACKENDS, "torch-math", broken("torch-math", kernel=slightly_wrong))
+        calls = itertools.cycle(CPU)
+        said = flash_speed.run(params, LocalJob()).sentence
+        assert f"it would take {BACKENDS['standard'].label}" in said
+        assert f"{label} is faster, but errs more than that" in said
+
+    @pytest.mark.parametrize(
+        ("device", "seconds", "begun"), [("cpu", 10.0, True), ("cuda:0", 3.0, True), ("cuda:0", 4.0, False)]
+    )
+    def test_every_call_of_a_point_counts_towards_its_time(self, device, seconds, begun):
+        params = flash_speed.Params(**SMALL)
+        sweep = _flash_sweep.Sweep(params, LocalJob("cpu"), _flash.Peaks(1e15, 1e15, ()), weigh=True)
+        sweep._job = LocalJob(device)
+        stop = sweep._too_long(BACKENDS["standard"], 256, _flash_cost.flops(params, 256) / seconds)
+        assert (stop is None) is begun
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_inputs_are_drawn_in_their_own_format(self, dtype, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(measure, "measure_time", lambda *arguments, **words: drawn.append(words["dtype"]))
+        params = flash_speed.Params(**SMALL, dtype=str(dtype).removeprefix("torch."), direction="backward")
+        sweep = _flash_sweep.Sweep(params, LocalJob(), _flash.Peaks(1.0, 1.0, ()), weigh=False)
+        held = measure.peak_memory(lambda: sweep._draw(1024), "cpu")
+        assert held == _flash_cost.input_bytes(params, 1024)
 
     def test_a_spread_that_overlaps_is_no_difference(self):
         def point(backend, low, median, high, peak):
             return flash_speed.Point(backend, backend, 512, 1, median, low, high, 5, peak, peak, 0.1, 1.0, 0.5)
 
-        near = flash_speed.describe_points((point("standard", 1, 2, 3, 40), point("flex", 0.5, 1.5, 2.5, 10)), ())
+        near = flash_speed.describe_points((point("standard", 1, 2, 3, 40), point("flex", 0.5, 1.5, 2.5, 10)), (), "")
         assert "no difference" in near
-        apart = flash_speed.describe_points((point("standard", 2, 3, 4, 40), point("flex", 0.9, 1, 1.1, 10)), ())
+        apart = flash_speed.describe_points((point("standard", 2, 3, 4, 40), point("flex", 0.9, 1, 1.1, 10)), (), "")
         assert "3.0 times as long" in apart
         assert "4 times as much" in apart
-        slower = flash_speed.describe_points((point("standard", 0.9, 1, 1.1, 40), point("flex", 2, 3, 4, 10)), ())
+        matrix = flash_speed.describe_points(
+            (
+                point("standard", 2, 3, 4, 40),
+                point("torch-math", 0.1, 0.2, 0.3, 50),
+                point("flex", 0.9, 1, 1.1, 10),
+            ),
+            (),
+            "",
+        )
+        assert "3.0 times as long" in matrix
+        slower = flash_speed.describe_points((point("standard", 0.9, 1, 1.1, 40), point("flex", 2, 3, 4, 10)), (), "")
         assert "3.0 times faster" in slower
 
 
@@ -239,6 +300,42 @@ class TestRoofline:
         assert flash.intensity[-1] > 3.5 * flash.intensity[0]
         assert standard.intensity[-1] < 2 * standard.intensity[0]
         assert (flash.intensity > standard.intensity).all()
+
+    @pytest.mark.parametrize("head_dim", [64, 256])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_how_far_each_moves_is_said_in_figures(self, head_dim, causal):
+        paths = flash_roofline.predict_paths(
+            flash_roofline.Params(max_length=8192, head_dim=head_dim, causal=causal, dtype="bfloat16")
+        )
+        said = flash_roofline.describe_paths(paths)
+        for path in paths:
+            factor = path.intensity[-1] / path.intensity[0]
+            assert f"{path.label} from {path.intensity[0]:.3g} to {path.intensity[-1]:.3g} (× {factor:.1f})" in said
+        assert "from 128 to 8,192 tokens" in said
+
+    @pytest.mark.parametrize(
+        ("share", "model", "dtype", "on_gpu", "said"),
+        [
+            (0.02, "standard", "bfloat16", True, "far from it, so something else is the limit"),
+            (0.6, "standard", "bfloat16", True, "reaches 60% of it"),
+            (1.5, "standard", "float32", False, "as caches serve what is counted as memory"),
+            (1.5, "flash", "float32", False, "other work held that product up"),
+            (1.5, "flash", "float32", True, "tensor cores"),
+        ],
+    )
+    def test_a_limit_is_claimed_only_of_what_comes_near_it(self, share, model, dtype, on_gpu, said):
+        params = flash_roofline.Params(max_length=256, dtype=dtype)
+        peaks = _flash.Peaks(1e12, 1e11, ())
+        intensity = 1.0 if model == "standard" else 100.0
+        roof = min(1e12, intensity * 1e11)
+        reached = share * roof
+        point = flash_roofline.Point(
+            "b", "B", model, 256, 1, 1.0, 1.0, intensity, reached, 0.9 * reached, reached, roof
+        )
+        words = flash_roofline._describe(params, peaks, (point,), on_gpu=on_gpu)
+        assert said in words
+        assert "would be the limit" in words
+        assert ("something else" in words) is (share < 0.3)
 
     def test_half_as_many_bytes_a_number_double_the_intensity(self):
         whole, half = (
@@ -295,6 +392,19 @@ class TestTiles:
         small, large = (flash_tiles.run(flash_tiles.Params(length=64, on_chip=size), LocalJob()) for size in (0.5, 4.0))
         assert small.block_q < large.block_q
         assert small.flash_bytes > large.flash_bytes
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize(("length", "head_dim"), [(16, 8), (64, 8), (64, 32)])
+    def test_bytes_fall_with_on_chip_memory_and_the_theorem_falls_beside_them(self, length, head_dim, causal):
+        params = flash_tiles.Params(length=length, head_dim=head_dim, causal=causal)
+        curve = flash_tiles.predict_traffic(params)
+        assert (np.diff(curve.counted) <= 0).all()
+        np.testing.assert_allclose(curve.theorem[1:] / curve.theorem[:-1], 0.5)
+        size = next(int(size) for size in curve.on_chip if size >= 128)
+        found = flash_tiles.run(params.model_copy(update={"on_chip": size / 1024}), LocalJob())
+        assert found.flash_bytes == curve.counted[list(curve.on_chip).index(size)]
+        assert found.standard_bytes == curve.standard
+        assert f"{curve.counted[0] / curve.counted[-1]:.1f} times" in curve.sentence
 
     def test_tiles_of_one_row_are_said_to_move_more(self):
         found = flash_tiles.run(flash_tiles.Params(block_q=1), LocalJob())
@@ -369,6 +479,12 @@ class TestAccuracy:
         assert errors == sorted(errors)
         assert 4 < errors[2] / errors[1] < 16  # three bits apart
 
+    def test_on_a_gpu_flash_attention_stands_among_the_formats(self):
+        params = flash_accuracy.Params(length=64)
+        inputs = [torch.randn(1, 4, 64, 64) for _ in range(3)]
+        names = [one.name for one in flash_accuracy._precisions(params, inputs, "cuda:0")]
+        assert names == ["float32", "FlashAttention, exact", "TF32", "FlashAttention, fast", "float16", "bfloat16"]
+
     def test_a_backend_that_is_wrong_is_caught(self, monkeypatch):
         def slightly_wrong(Q, K, V, causal, scale):
             return BACKENDS["torch-math"].kernel(Q, K, V, causal, 1.1 * scale)
@@ -399,6 +515,17 @@ class TestDecode:
         assert found.ungrouped_bytes == 4 * found.points[-1].cache_bytes
         assert "2,048 tokens" in found.sentence
         weigh(found)
+
+    @pytest.mark.parametrize(
+        ("on_gpu", "said"), [(True, "reading alone is faster than copying"), (False, "own caches")]
+    )
+    def test_more_than_a_copy_has_a_reason_of_the_device(self, on_gpu, said):
+        def words(share):
+            point = flash_decode.Point("flex", "Flex", 1024, 1.0, 0.9, 1.1, 5, 2**20, 1e9, share)
+            return flash_decode._describe(flash_decode.Params(), (point,), on_gpu=on_gpu)
+
+        assert said in words(1.03)
+        assert said not in words(0.9)
 
     @pytest.mark.parametrize("splits", [1, 5, 64])
     @pytest.mark.parametrize("seed", [0, 1])
@@ -503,6 +630,9 @@ class TestOnGpu:
     def test_accuracy_and_checks_hold(self):
         found = flash_accuracy.run(flash_accuracy.Params(), LocalJob("cuda:0"))
         assert all(error.within_bound for error in found.errors)
-        assert "TF32" in {precision.name for precision in found.precisions}
+        errors = {precision.name: precision.rms for precision in found.precisions}
+        assert errors["FlashAttention, exact"] < 2 * errors["float32"] + 1e-6
+        assert errors["FlashAttention, fast"] < 2 * errors["TF32"]
+        assert errors["FlashAttention, fast"] < errors["float16"]
         checks = flash_tests.run(flash_tests.Params(dtype="bfloat16"), LocalJob("cuda:0")).checks
         assert not [check for check in checks if not check.passed]

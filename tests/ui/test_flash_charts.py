@@ -11,7 +11,7 @@ from ui.charts import flash as charts
 from ui.charts import flash_accuracy, flash_roofline, flash_softmax, flash_tiles
 from ui.charts.flash import End, Forecast, Line, Panel
 from ui.charts.flash_accuracy import Errors
-from ui.charts.flash_roofline import Spot
+from ui.charts.flash_roofline import Spot, Track
 from ui.charts.flash_softmax import Chunk
 from ui.charts.flash_tiles import CURRENT, DONE, SKIPPED, WAITING, Tiles
 
@@ -87,6 +87,11 @@ class TestOverLength:
         assert fig.layout.yaxis.type != "log"
         assert list(fig.layout.yaxis.range) == [0, 100]
 
+    def test_the_legend_stands_above_the_panels(self):
+        legend = charts.over_length([Panel("ms", [SLOW, FAST])]).layout.legend
+        assert legend.y >= 1
+        assert legend.yanchor == "bottom"
+
     def test_nothing_measured_yet_is_an_empty_picture(self):
         assert not charts.over_length([Panel("ms"), Panel("MiB")]).data
 
@@ -119,6 +124,34 @@ class TestRoofline:
         assert (list(standard.x), list(standard.y)) == ([8, 9], [2, 3])
         assert list(standard.text) == ["T=128", "T=256"]
         assert list(flash.customdata) == ["three"]
+
+    def test_a_length_is_named_once_where_several_lines_have_it(self):
+        spots = [
+            Spot(name, name, length, length / 16, flops, "")
+            for name, times in (("standard", 1.0), ("torch-math", 2.0))
+            for length, flops in ((128, times * 1e9), (256, times * 3e9), (512, 3e9 / times))
+        ]
+        _, standard, maths = flash_roofline.roofline(spots, 1e11, 2e10).data
+        assert list(standard.text) == ["", "", "T=512"]
+        assert list(maths.text) == ["T=128", "", ""]
+
+    def test_a_point_above_the_roof_is_in_the_picture(self):
+        fig = flash_roofline.roofline([Spot("flex", "Flex", 128, 9.0, 3e11, "")], 1e11, 2e10)
+        assert 10 ** fig.layout.yaxis.range[1] > 300
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_computed_paths_lie_on_an_axis_that_stays(self, mode):
+        def track(backend, *intensity):
+            return Track(backend, backend, (128, 256, 512), intensity)
+
+        fig = flash_roofline.intensity([track("standard", 5, 6, 7), track("torch-flash", 16, 30, 50)], mode=mode)
+        standard, flash = fig.data
+        assert (list(standard.x), list(flash.x)) == ([5, 6, 7], [16, 30, 50])
+        assert set(standard.y) != set(flash.y)
+        assert list(flash.text) == ["T=128", "", "T=512"]
+        assert standard.line.color != flash.line.color
+        other = flash_roofline.intensity([track("standard", 2, 3, 4), track("torch-flash", 8, 20, 100)], mode=mode)
+        assert other.layout.xaxis.range == fig.layout.xaxis.range
 
     def test_a_fast_device_is_told_in_tflops(self):
         fig = flash_roofline.roofline((), 7e14, 4e12)
@@ -210,6 +243,19 @@ class TestTiles:
             "standard: 8.00 kB",
         ]
         assert fig.layout.xaxis.range[1] > 8
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("chosen", [None, 4096.0])
+    def test_on_chip_memory_is_drawn_counted_and_by_the_theorem(self, chosen, mode):
+        sizes = np.array([128, 256, 512])
+        fig = flash_tiles.on_chip(sizes, np.array([900, 500, 300]), 2**17 / sizes, 700, chosen, mode=mode)
+        counted, theorem, standard = fig.data
+        assert list(counted.y) == [900, 500, 300]
+        assert list(theorem.y) == [1024, 512, 256]
+        assert list(standard.y) == [700] * 3
+        assert (fig.layout.xaxis.type, fig.layout.yaxis.type) == ("log", "log")
+        assert [shape.x0 for shape in fig.layout.shapes] == ([] if chosen is None else [chosen])
+        assert 10 ** fig.layout.xaxis.range[1] > (chosen or 512)
 
     def test_parts_of_a_cache_are_per_cents(self):
         (bars,) = flash_tiles.parts(["0", "512"], [0.25, 0.75], ["a", "b"]).data

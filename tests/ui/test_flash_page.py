@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -233,6 +234,15 @@ class TestTiles:
         app = lab(view=TILES, tiles_on_chip="0.5")
         assert "0.5 KiB on the chip hold tiles of" in words(app)
 
+    def test_on_chip_memory_has_a_picture_with_the_theorem_in_it(self, lab):
+        app = lab(view=TILES)
+        before = drawn(app, "flash_on_chip")
+        curve = flash_tiles.predict_traffic(flash_tiles.Params())
+        assert numbers(before["counted"]["y"]).tolist() == curve.counted.tolist()
+        assert numbers(before["theorem, T²d²/M"]["y"]).tolist() == curve.theorem.tolist()
+        app.slider(key="flash_tiles_head_dim").set_value(4)
+        assert drawn(finished(app), "flash_on_chip") != before
+
     def test_the_end_is_standard_attention(self, lab):
         app = lab(view=TILES, step=16)
         assert "nothing was approximated" in words(app)
@@ -244,7 +254,7 @@ class TestOnlineSoftmax:
     def test_the_naive_one_overflows_and_the_online_one_does_not(self, lab):
         app = lab(view=SOFTMAX)
         assert metrics(app)["Naive, in float16"] == "no numbers"
-        assert "off" in metrics(app)["Online, in float16"]
+        assert re.fullmatch(r"\d(\.\d)? × 10⁻[⁰¹²³⁴-⁹]+ off", metrics(app)["Online, in float16"])
         assert "naive: not a number" in drawn(app, "flash_softmax")
 
     @pytest.mark.parametrize(("dtype", "overflows"), [("float32", False), ("bfloat16", False), ("float16", True)])
@@ -294,6 +304,21 @@ def test_the_roofline_is_measured_when_asked_for(lab):
     assert 0 < max(standard["y"]) < 3 * numbers(roof["y"]).max()
     params = app.session_state["_run_flash_roofline_run"].params
     assert params == flash_roofline.Params(max_length=256, heads=2, head_dim=32, backends=("standard",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [("max_length", 8192, "selectbox"), ("head_dim", 128, "slider"), ("dtype", "bfloat16", "selectbox")],
+)
+def test_intensity_moves_with_the_controls_before_anything_is_measured(lab, key, value, kind):
+    app = lab(view=ROOFLINE)
+    before = [numbers(trace["x"]).tolist() for trace in spec(app, "flash_intensity")["data"]]
+    paths = flash_roofline.predict_paths(flash_roofline.Params())
+    assert before == [path.intensity.tolist() for path in paths]
+    getattr(app, kind)(key=f"flash_{key}").set_value(value)
+    finished(app)
+    assert [numbers(trace["x"]).tolist() for trace in spec(app, "flash_intensity")["data"]] != before
+    assert not app.get("progress")
 
 
 def test_errors_are_drawn_for_every_backend_here(lab):

@@ -114,7 +114,14 @@ def test_half_precision_serves_what_it_does_not_spoil():
     fits = partial(fits_half_precision, scale=1 / 8)
     assert fits(Q, K, V)
     assert fits(Q, K, V * 0)
-    assert fits(1e-6 * Q, 100 * K, V)
+    assert fits(1e-3 * Q, 100 * K, V)
+    assert not fits(1e-6 * Q, 100 * K, V)  # the scores are right, but not K's gradients
+    for tensors in ((Q, K, V), (K, Q, V), (V, K, Q)):
+        for row, holds in ((0.0, True), (1e-2, True), (1e-9, False), (1e-30, False), (math.nan, False)):
+            first = tensors[0].clone()
+            first[..., 3, :] *= row
+            assert fits(first, *tensors[1:]) == holds
+            assert fits(*tensors[1:], first) == holds
     assert not fits(10 * Q, 10 * K, V)  # scores in the hundreds
     assert not fits(1e-6 * Q, 1e5 * K, V)
     assert not fits(Q, K, 1e5 * V)
@@ -124,11 +131,89 @@ def test_half_precision_serves_what_it_does_not_spoil():
     assert not fits(Q, K[..., :0, :], V[..., :0, :])
 
 
+def in_half(function, Q, K, V):
+    return InHalfPrecision.apply(Q, K, V, function, function, lambda *args: pytest.fail("it failed"))
+
+
+@pytest.mark.parametrize("weights", ["of tokens", "of heads", "of a batch entry"])
+def test_gradients_are_right_where_upstream_is_much_smaller_than_elsewhere(weights):
+    shape = (2, 4, 2, 50, 50, 32)
+    tensors, upstream = drawn(shape, 7), drawn(shape, 8)[0]
+    small = {"of tokens": upstream[..., 1:, :], "of heads": upstream[:, 2:], "of a batch entry": upstream[1]}
+    small[weights] *= 1e-9
+    function = partial(standard_attention, causal=True)
+    found = gradients(lambda *x: in_half(function, *x), tensors, upstream)[1]
+    wanted = gradients(function, tensors, upstream)[1]
+    if weights == "of heads":
+        found, wanted = ((grads[0][:, 2:], grads[1][:, 1:], grads[2][:, 1:]) for grads in (found, wanted))
+    elif weights == "of a batch entry":
+        found, wanted = ([x[1] for x in grads] for grads in (found, wanted))
+    else:
+        found, wanted = ([grads[0][..., 1:, :]] for grads in (found, wanted))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_a_backward_pass_that_fails_is_computed_anew_and_told():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            raise RuntimeError("compiled with donated buffers")
+
+    tensors, upstream = drawn((1, 2, 2, 20, 20, 16), 10), drawn((1, 2, 2, 20, 20, 16), 11)[0]
+    told = []
+    found = gradients(
+        lambda *x: InHalfPrecision.apply(
+            *x, lambda *h: Broken.apply(standard_attention(*h)), standard_attention, lambda *args: told.append(args)
+        ),
+        tensors,
+        upstream,
+    )[1]
+    for mine, theirs in zip(found, gradients(standard_attention, tensors, upstream)[1], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    (error, q, k) = told[0]
+    assert str(error) == "compiled with donated buffers"
+    assert (q.dtype, k.shape) == (torch.float16, tensors[1].shape)
+
+
+def test_a_chosen_backend_whose_backward_pass_fails_is_left_out(monkeypatch):
+    tensors, upstream = drawn((1, 2, 2, 32, 32, 16), 10), drawn((1, 2, 2, 32, 32, 16), 11)[0]
+    halves = [x.half() for x in tensors]
+    found = choice.fastest(*halves, grad=True)
+    chosen = found.backend
+    kernel = chosen.kernel
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            raise RuntimeError("it broke")
+
+    def broken(Q, *others):
+        output = kernel(Q, *others)
+        return Broken.apply(output) if Q.dtype == torch.float16 else output
+
+    monkeypatch.setitem(BACKENDS, chosen.name, replace(chosen, kernel=broken))
+    mine = gradients(FlashAttention(16)._differentiable_in_half, tensors, upstream)[1]
+    theirs = gradients(standard_attention, tensors, upstream)[1]
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert found.refused[chosen.name] == "It failed: it broke."
+    assert gradients(FlashAttention(16)._differentiable_in_half, tensors, upstream)[1][0].isfinite().all()
+
+
 @pytest.mark.parametrize("upstream_size", [1.0, 1e-9, 1e9, 1e-30])
 def test_gradients_through_half_precision_have_its_digits_whatever_their_size(upstream_size):
     tensors, upstream = drawn((1, 2, 2, 50, 50, 32), 7), upstream_size * drawn((1, 2, 2, 50, 50, 32), 8)[0]
     function = partial(standard_attention, causal=True)
-    output, found = gradients(lambda *x: InHalfPrecision.apply(*x, function, function), tensors, upstream)
+    output, found = gradients(lambda *x: in_half(function, *x), tensors, upstream)
     exact, wanted = gradients(function, tensors, upstream)
     assert output.dtype == torch.float32
     for mine, theirs in ((output, exact), *zip(found, wanted, strict=True)):
@@ -142,9 +227,9 @@ def test_gradients_that_overflow_half_precision_are_computed_anew():
     V = 3e4 * V.clamp(-1, 1)
     upstream = torch.ones_like(Q)
     function = partial(standard_attention)
-    in_half = gradients(function, [x.half() for x in (Q, K, V)], upstream.half())[1]
-    assert not all(each.isfinite().all() for each in in_half)
-    found = gradients(lambda *x: InHalfPrecision.apply(*x, function, function), (Q, K, V), upstream)[1]
+    halves = gradients(function, [x.half() for x in (Q, K, V)], upstream.half())[1]
+    assert not all(each.isfinite().all() for each in halves)
+    found = gradients(lambda *x: in_half(function, *x), (Q, K, V), upstream)[1]
     for mine, theirs in zip(found, gradients(function, (Q, K, V), upstream)[1], strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -152,7 +237,7 @@ def test_gradients_that_overflow_half_precision_are_computed_anew():
 def test_gradients_only_of_what_wants_them():
     Q, K, V = drawn((1, 2, 2, 20, 20, 16), 10)
     V.requires_grad_()
-    InHalfPrecision.apply(Q, K, V, standard_attention, standard_attention).sum().backward()
+    in_half(standard_attention, Q, K, V).sum().backward()
     assert Q.grad is None
     assert V.grad.isfinite().all()
 
@@ -289,6 +374,18 @@ def test_on_a_gpu_fast_has_the_precision_of_tf32_and_exact_that_of_float32(causa
             found = flash(*(x.cuda() for x in tensors)).cpu().double()
             error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
             assert low < error < high
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "flex", "torch-cudnn", "torch-flash"])
+def test_on_a_gpu_float32_is_trained_with_the_precision_of_tf32(backend):
+    tensors, upstream = drawn((2, 4, 2, 256, 256, 64), 15), drawn((2, 4, 2, 256, 256, 64), 16)[0]
+    wanted = gradients(partial(standard_attention, causal=True), [x.double() for x in tensors], upstream.double())[1]
+    flash = FlashAttention(64, True, backend=backend, calls_before_measuring=1)
+    for _ in range(3):
+        found = gradients(flash, [x.cuda() for x in tensors], upstream.cuda())[1]
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert (mine.cpu().double() - theirs).norm() < 2e-3 * theirs.norm()
 
 
 @pytest.mark.gpu

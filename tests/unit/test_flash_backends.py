@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.attention import attend
 from engine.flash import backends
@@ -153,6 +154,26 @@ def test_standard_attention_does_not_cut_what_half_precision_holds():
     torch.testing.assert_close(output, V[..., :1, :].expand_as(output), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_standard_attention_passes_over_the_scores_no_more_than_it_must(dtype, grad):
+    passes = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **kwargs or {})
+            if torch.is_tensor(found) and found.shape[-2:] == (70, 90) and found.is_floating_point():
+                passes.append(func.overloadpacket.__name__)
+            return found
+
+    Q, K, V = (x.requires_grad_(grad) for x in drawn((2, 2, 70, 90, 16), 6, dtype))
+    with Recorded():
+        standard_attention(Q, K, V, causal=True)
+    views = {"_unsafe_view", "view", "expand", "detach", "_reshape_alias", "alias"}
+    multiplied = ["mul_"] if dtype == torch.float32 else []
+    assert [name for name in passes if name not in views] == ["baddbmm", *multiplied, "masked_fill_", "_softmax"]
+
+
 def test_what_is_absent_says_why_and_the_rest_is_there():
     case = Case("cpu", torch.float32, 64, 128, 128, causal=True, grad=False, grouped=False)
     found, reasons = choices(*case), absent(*case)
@@ -205,6 +226,7 @@ def test_what_a_gpu_is_too_old_or_too_new_for_is_told(monkeypatch):
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 9))
     assert "128 wide" in why_not("torch-cudnn", head_dim=136)
     assert "gradients" in why_not("torch-flash", head_dim=200, grad=True)
+    assert "gradients need a GPU of compute capability 9.0" in why_not("flash-attn-4", grad=True)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -231,6 +253,12 @@ def test_importing_flash_attn_may_raise_anything_and_is_tried_once(monkeypatch, 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     assert "flash_attn_interface" in why_not("flash-attn-3")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_folder_that_another_package_shares_is_not_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(__file__=None))
+    assert why_not("flash-attn-2") == "The module flash_attn cannot be imported: flash_attn is not installed."
 
 
 @pytest.mark.usefixtures("hopper")
@@ -262,6 +290,60 @@ def test_flex_attentions_mask_ends_at_the_bottom_right():
             warnings.simplefilter("ignore")
             output = flex_attention.flex_attention(Q, K, V, block_mask=mask, enable_gqa=Q.shape[1] != K.shape[1])
         close(output, expected(Q, K, V, True), torch.float32)
+
+
+def test_flex_attentions_mask_is_the_one_that_is_found_by_trying_all_pairs():
+    from torch.nn.attention import flex_attention
+
+    lengths = (2, 5, 127, 128, 129, 255, 256, 300, 512, 641)
+    for queries in lengths:
+        for keys in (length for length in lengths if length >= queries):
+            shift = keys - queries
+            wanted = flex_attention.create_block_mask(
+                lambda b, h, i, j, shift=shift: j <= i + shift, None, None, queries, keys, device="cpu"
+            )
+            found = backends._causal_blocks(queries, keys, "cpu")
+            assert (found.shape, found.seq_lengths) == (wanted.shape, wanted.seq_lengths)
+            for name in ("kv", "full_kv", "q", "full_q"):
+                counts, indices = (
+                    [getattr(mask, f"{name}_{part}") for mask in (found, wanted)] for part in ("num_blocks", "indices")
+                )
+                assert torch.equal(*counts), (name, queries, keys)
+                assert indices[0].dtype == indices[1].dtype == counts[0].dtype
+                real = torch.arange(indices[0].shape[-1]) < counts[0][..., None]
+                assert torch.equal(*(x[real] for x in indices)), (name, queries, keys)
+                assert indices[0].amax() < indices[0].shape[-1]
+
+
+def test_flex_attention_can_be_differentiated_again(monkeypatch):
+    """Its own kernel needs a GPU; the settings under which it is compiled do not."""
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    backends._compiled_flex.cache_clear()
+    backends._compiled_flex()
+    assert not torch._functorch.config.donated_buffer
+    backends._compiled_flex.cache_clear()
+
+
+@pytest.mark.gpu
+def test_flex_attention_is_differentiated_once_and_then_again():
+    inputs = [x.requires_grad_() for x in drawn((2, 2, 200, 200, 64), 11, torch.bfloat16, "cuda")]
+    first = torch.autograd.grad(BACKENDS["flex"].run(*inputs, True).sum(), inputs)
+    output = BACKENDS["flex"].run(*inputs, True).sum()
+    for keep in (True, True, False):
+        for mine, theirs in zip(torch.autograd.grad(output, inputs, retain_graph=keep), first, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_standard_attention_in_half_on_a_gpu_where_it_asks_for_the_largest_score(causal):
+    for size in (1.0, 200.0):
+        Q, K, V = (x.to("cuda", torch.float16) for x in drawn((2, 2, 2100, 2100, 64), 12))
+        output = standard_attention(size * Q, size * K, V, causal)
+        wanted = standard_attention((size * Q).double(), (size * K).double(), V.double(), causal)
+        assert output.isfinite().all()
+        if size == 1.0:
+            close(output, wanted.cpu(), torch.float16)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Backends are measured once for a kind of call, the fastest correct one is kept, and what fails is named."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ import torch
 
 from engine.errors import InputError
 from engine.flash import choice
+from engine.flash.attention import FlashAttention
 from engine.flash.backends import BACKENDS, standard_attention
 from engine.flash.choice import Errors, error_against_reference, fastest
-from engine.measure import Evidence
+from engine.measure import Evidence, exclusive, measure_time
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -103,6 +105,18 @@ def test_what_is_not_correct_is_refused_however_fast(monkeypatch, change, grad):
     assert "errs more than twice" in found.refused["torch-flash"]
 
 
+@pytest.mark.parametrize("what", ["a batch entry", "heads in the middle"])
+def test_what_is_wrong_in_a_few_heads_is_refused(monkeypatch, what):
+    def change(output):
+        mask = torch.ones(output.shape[:2])
+        mask[(1,) if what == "a batch entry" else (slice(None), slice(1, -1))] = 0
+        return output * mask[..., None, None]
+
+    altered(monkeypatch, "torch-flash", change)
+    for shape in ((3, 8, 8, 64, 64, 16), (3, 8, 4, 30, 30, 16)):
+        assert "errs more than twice" in fastest(*drawn(2, shape)).refused["torch-flash"]
+
+
 def test_wrong_gradients_are_refused_where_they_are_asked_for(monkeypatch):
     altered(monkeypatch, "torch-flash", lambda output: output + (output - output.detach()))
     assert "torch-flash" in fastest(*drawn(3)).evidence
@@ -131,9 +145,7 @@ def test_if_all_fail_each_reason_is_told(monkeypatch):
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch):
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(choice.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**18))
+    monkeypatch.setattr(choice.memory, "free", lambda device: 2**18)
     found = fastest(*drawn(0, (2, 4, 4, 128, 128, 8)))
     assert set(found.evidence) == {"torch-flash"}
     assert "GiB" in found.refused["standard"]
@@ -178,6 +190,88 @@ def test_the_global_random_numbers_are_left_alone():
     torch.manual_seed(0)
     fastest(*drawn(), grad=True)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def resolved(tensors, calls=0, **options):
+    return choice.resolve(
+        *tensors, **{"causal": False, "scale": None, "grad": False, "calls_before_measuring": calls} | options
+    ).name
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too large"), ValueError("odd"), InputError("Nothing.")])
+def test_what_goes_wrong_while_measuring_is_not_the_callers_error(monkeypatch, caplog, error):
+    tries = []
+
+    def broken(*args):
+        tries.append(args)
+        raise error
+
+    monkeypatch.setattr(choice, "_Reference", broken)
+    for _ in range(20):
+        assert resolved(drawn(), grad=True) == "torch-flash"
+    assert len(tries) == 1
+    assert str(error).rstrip(".") in caplog.text
+
+
+def test_nothing_is_measured_for_a_single_query_or_inside_a_measurement(monkeypatch):
+    monkeypatch.setattr(choice, "_measured", lambda *args: pytest.fail("measured"))
+    for keys in (1, 100, 1025):
+        assert resolved(drawn(0, (1, 2, 2, 1, keys, 16))) == "torch-flash"
+    with exclusive("cpu"):
+        assert resolved(drawn()) == "torch-flash"
+    with pytest.raises(pytest.fail.Exception):
+        resolved(drawn())
+
+
+def test_what_is_measured_may_choose_for_itself():
+    layer = FlashAttention(16, calls_before_measuring=2)
+    evidence = measure_time(lambda: layer(*drawn()), "cpu", dtype=torch.float32, shape="-", runs=20)
+    assert evidence.runs == 20
+    assert not choice._choices
+    layer(*drawn())
+    assert choice._choices
+
+
+def test_a_device_that_is_busy_for_long_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(choice, "LONGEST_WAIT", 0.05)
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with exclusive("cpu"):
+            held.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    start = time.perf_counter()
+    try:
+        assert resolved(drawn()) == "torch-flash"
+        assert time.perf_counter() - start < 2
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_what_plans_for_every_shape_serves_those_that_came_often(monkeypatch):
+    for name in ("standard", "torch-flash"):
+        altered(monkeypatch, name, lambda output: (time.sleep(0.01), output)[1])
+    monkeypatch.setitem(BACKENDS, "torch-math", replace(BACKENDS["torch-math"], plans_per_shape=True))
+    measured, other = drawn(), drawn(1, (2, 4, 2, 50, 50, 16))
+    assert resolved(measured) == "torch-math"
+    for _ in range(choice.CALLS_BEFORE_PLANNING):
+        assert resolved(other) != "torch-math"
+    assert resolved(other) == "torch-math"
+    assert resolved(drawn(1, (2, 4, 2, 51, 51, 16))) != "torch-math"
+    assert choice.leave_out(BACKENDS["torch-math"], ValueError(), *other[:2], causal=False, grad=False)
+    assert resolved(other) != "torch-math"
+
+
+def test_a_settled_shape_is_resolved_without_further_questions(monkeypatch):
+    tensors = drawn()
+    name = resolved(tensors)
+    monkeypatch.setattr(choice, "Kind", None)
+    assert resolved(tensors) == name
 
 
 @pytest.mark.gpu

@@ -136,3 +136,26 @@ def test_checks_take_the_shape_of_the_page():
     shared = set(_flash.ShapeParams.model_fields)
     assert shared <= set(flash_tests.Params.model_fields) & set(flash_speed.Params.model_fields)
     assert flash_tiles.Params(on_chip=1.0).on_chip == 1.0
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "words"),
+    [
+        (0, "0 bytes"),
+        (1000, "1,000 bytes"),
+        (5.25 * 2**20, "5.25 MiB"),
+        (1020 * 2**20, "1,020 MiB"),
+        (2**30 - 1, "1 GiB"),
+        (1500 * 2**30, "1,500 GiB"),
+    ],
+)
+def test_bytes_are_written_without_powers_of_ten(nbytes, words):
+    assert _flash.bytes_in_words(nbytes) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.0, "0"), (0.25, "0.25"), (1.5, "1.5"), (2.34e-4, "2.3 × 10⁻⁴"), (9.99e-4, "0.001"), (-3e-17, "−3 × 10⁻¹⁷")],
+)
+def test_small_numbers_are_written_as_people_write_them(value, words):
+    assert _flash.number_in_words(value) == words

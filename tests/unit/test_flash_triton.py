@@ -121,6 +121,27 @@ def check_any_layout(device):
         assert torch.equal(attend(*given, causal=True, launch=launches(device)[0]), wanted)
 
 
+def check_more_heads_than_a_second_axis_counts(device):
+    from engine.flash.triton_forward import attend
+
+    if device == "cpu":
+        return  # programs are interpreted one by one
+    Q, K, V = drawn((70000, 1, 1, 16, 16, 16), 8, torch.float16, device)
+    check(attend(Q, K, V, causal=True), Q, K, V, True)
+
+
+def check_places_past_32_bits(device):
+    from engine.flash.triton_forward import attend
+
+    if device == "cpu":
+        return  # 4 GB
+    storage = torch.zeros(131200, 16384, dtype=torch.float16, device=device)
+    storage[:, :64] = torch.randn(131200, 64, generator=torch.Generator(device).manual_seed(9), device=device)
+    x = storage[None, None, :, :64]
+    output = attend(x[:, :, -16:], x, x)
+    check(output, x[:, :, -16:].contiguous(), x.contiguous(), x.contiguous(), False)
+
+
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}
 
 

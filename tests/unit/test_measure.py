@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.measure import ceilings, exclusive, lock_path, measure_time, peak_memory
+from engine import measure
+from engine.measure import ceilings, exclusive, is_held, lock_path, measure_time, peak_memory
 
 
 def test_a_sleep_takes_its_time():
@@ -67,6 +68,33 @@ def test_measurements_wait_for_each_other():
     assert order == ["first", "second"]
 
 
+def test_a_measurement_may_contain_another_one():
+    assert not is_held("cpu")
+    with exclusive("cpu"):
+        assert is_held("cpu")
+        measure_time(lambda: None, "cpu", dtype=torch.float32, shape="-", runs=3)
+        assert is_held("cpu")
+    assert not is_held("cpu")
+
+
+def test_whoever_cannot_wait_says_so_and_does_not_hold_what_another_does():
+    found = []
+
+    def second():
+        found.append(is_held("cpu"))
+        try:
+            with exclusive("cpu", timeout=0.05):
+                found.append("held")
+        except TimeoutError:
+            found.append("too long")
+
+    with exclusive("cpu"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(10)
+    assert found == [False, "too long"]
+
+
 def test_every_gpu_has_one_lock_whatever_it_is_called(monkeypatch):
     def properties(device):
         return SimpleNamespace(uuid=f"gpu-{visible[device.index or 0]}")
@@ -106,9 +134,18 @@ def test_a_cpus_ceilings_take_a_moment_even_where_half_precision_is_slow(dtype):
     assert found.copy.median_ms < 300
 
 
-def test_ceilings_are_measured_once():
-    assert ceilings("cpu", torch.float32) is ceilings(torch.device("cpu"), torch.float32)
-    assert ceilings("cpu", torch.float32) is not ceilings("cpu", torch.bfloat16)
+def test_of_several_measurements_the_best_ceilings_count(monkeypatch):
+    def evidence(shape):
+        return measure.Evidence(1.0, 1.0, 1.0, 5, "-", "-", "float64", shape, {})
+
+    measured = [(2.0, 5.0), (3.0, 4.0), (1.0, 1.0)]
+    found = [measure.Ceilings(*pair, evidence(f"product {pair}"), evidence(f"copy {pair}")) for pair in measured]
+    monkeypatch.setattr(measure, "_measure_ceilings", lambda device, dtype: found.pop(0))
+    monkeypatch.setattr(measure, "_highest", {})
+    ceilings("cpu", torch.float64), ceilings("cpu", torch.float64)
+    best = ceilings(torch.device("cpu"), torch.float64)
+    assert (best.flops, best.bandwidth) == (3.0, 5.0)
+    assert (best.product.shape, best.copy.shape) == ("product (3.0, 4.0)", "copy (2.0, 5.0)")
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a model predicts for a backend, or what was recorded elsewhere; drawn dashed.
+    """What a model predicts for a backend; drawn dashed.
 
     Args:
         backend, label: its name in the registry, and in words.
@@ -165,8 +165,8 @@ def over_length(panels: Sequence[Panel], *, mode: theme.Mode = "light", across: 
         marker = {"symbol": "x", "size": 10, "color": surface.ink}
         fig.add_trace(legend_entry("not run, as it would not fit", {"mode": "markers", "marker": marker}))
     fig.update_layout(
-        legend={"orientation": "h", "x": 0, "y": -0.12 if len(panels) > 1 else -0.18, "yanchor": "top"},
-        margin={"l": 66, "r": 14, "t": 12, "b": 76 + 21 * math.ceil(_entries(fig) / 2)},
+        legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
+        margin={"l": 66, "r": 14, "t": 12, "b": 54},
         hovermode="closest",
         dragmode=False,
         showlegend=True,
@@ -298,11 +298,6 @@ def _y_axis(panel: Panel, bottom: float, top: float, mode: theme.Mode) -> dict[s
     known = [value for value in values if value > 0]
     low, high = min(known, default=1.0) / 1.7, max(known, default=10.0) * 2.6
     return axis | {"type": "log", "range": [math.log10(low), math.log10(high)]} | decades(low, high)
-
-
-def _entries(fig: go.Figure) -> int:
-    """Entries of the legend, of which a phone shows two in a row."""
-    return sum(trace.showlegend is not False for trace in fig.data)
 
 
 def decades(low: float, high: float) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from ui import theme
 from ui.charts.flash import TEXT, decades, look, short
 
-_PLACES = ("bottom center", "top center", "middle right", "middle left")
+_REACH = (0.5, 300.0)
+"""FLOP a byte that the axis of `intensity` shows at least, so that one sees a path move and not the axis."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,22 @@ class Spot:
     intensity: float
     flops: float
     hover: str
+
+
+@dataclass(frozen=True)
+class Track:
+    """How the computed intensity of an algorithm moves with the length.
+
+    Args:
+        backend, label: whose look it has, and what it is called.
+        lengths: tokens, the shortest first.
+        intensity: FLOP a byte at each of them.
+    """
+
+    backend: str
+    label: str
+    lengths: Sequence[int]
+    intensity: Sequence[float]
 
 
 def roofline(spots: Sequence[Spot], flops: float, bandwidth: float, *, mode: theme.Mode = "light") -> go.Figure:
@@ -62,10 +79,10 @@ def roofline(spots: Sequence[Spot], flops: float, bandwidth: float, *, mode: the
             hovertemplate="at most %{y:.3g} " + unit + " at %{x:.3g} FLOP a byte<extra></extra>",
         )
     )
-    for place, backend in enumerate(dict.fromkeys(spot.backend for spot in spots)):
+    named = _named(spots)
+    for backend in dict.fromkeys(spot.backend for spot in spots):
         members = [spot for spot in spots if spot.backend == backend]
         colour, symbol = look(backend, mode)
-        ends = {0, len(members) - 1}
         fig.add_scatter(
             x=[spot.intensity for spot in members],
             y=[spot.flops / size for spot in members],
@@ -73,16 +90,15 @@ def roofline(spots: Sequence[Spot], flops: float, bandwidth: float, *, mode: the
             mode="lines+markers+text",
             line={"color": colour, "width": 1.5},
             marker={"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2 * symbol.endswith("-open")}},
-            text=[f"T={short(spot.length)}" if number in ends else "" for number, spot in enumerate(members)],
-            textposition=_PLACES[place % len(_PLACES)],
+            text=[f"T={short(spot.length)}" if spot in named else "" for spot in members],
+            textposition="top center",
             textfont={"size": 12, "color": colour},
             customdata=[spot.hover for spot in members],
             hovertemplate="%{customdata}<extra></extra>",
         )
     lowest = min([*(spot.flops / size for spot in spots), float(roof.min())])
-    fig.add_shape(
-        type="line", x0=ridge, x1=ridge, y0=0, y1=1, yref="paper", line={"color": surface.muted, "dash": "dot"}
-    )
+    highest = max([flops / size, *(spot.flops / size for spot in spots)])
+    fig.add_vline(ridge, line={"color": surface.muted, "dash": "dot"})
     for text, x, anchor, shift in (
         ("memory is the limit", ridge, "right", -8),
         ("arithmetic is the limit", ridge, "left", 8),
@@ -108,17 +124,75 @@ def roofline(spots: Sequence[Spot], flops: float, bandwidth: float, *, mode: the
     fig.update_yaxes(
         type="log",
         title=unit,
-        range=[math.log10(lowest / 3), math.log10(2 * flops / size)],
-        **decades(lowest / 3, 2 * flops / size),
+        range=[math.log10(lowest / 3), math.log10(2 * highest)],
+        **decades(lowest / 3, 2 * highest),
         fixedrange=True,
     )
     fig.update_layout(
-        legend={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top"},
-        margin={"l": 66, "r": 14, "t": 14, "b": 130},
+        legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
+        margin={"l": 66, "r": 14, "t": 14, "b": 54},
         hovermode="closest",
         dragmode=False,
     )
     return fig
+
+
+def intensity(tracks: Sequence[Track], *, mode: theme.Mode = "light") -> go.Figure:
+    """Where arithmetic alone puts each algorithm on the roofline's axis, length by length, one row each.
+
+    Args:
+        tracks: from top to bottom.
+        mode: light or dark.
+    """
+    fig = go.Figure()
+    for row, track in enumerate(tracks):
+        colour, symbol = look(track.backend, mode)
+        names = [f"T={short(length)}" for length in track.lengths]
+        fig.add_scatter(
+            x=list(track.intensity),
+            y=[row] * len(names),
+            name=track.label,
+            mode="lines+markers+text",
+            line={"color": colour, "width": 1.5, "dash": "dash"},
+            marker={"symbol": symbol, "size": 11, "color": colour},
+            text=[names[0], *[""] * (len(names) - 2), names[-1]],
+            textposition=["middle left", *["middle center"] * (len(names) - 2), "middle right"],
+            textfont={"size": 12, "color": colour},
+            customdata=names,
+            hovertemplate=track.label + ", %{customdata}: %{x:.3g} FLOP a byte<extra></extra>",
+        )
+    drawn = [value for track in tracks for value in track.intensity]
+    low, high = min(_REACH[0], min(drawn) / 3), max(_REACH[1], max(drawn) * 3)
+    fig.update_xaxes(
+        type="log",
+        title={"text": "intensity, FLOP for each byte moved", "standoff": 4},
+        range=[math.log10(low), math.log10(high)],
+        **decades(low, high),
+        fixedrange=True,
+    )
+    fig.update_yaxes(visible=False, range=[len(tracks) - 0.4, -0.6], fixedrange=True)
+    fig.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
+        margin={"l": 66, "r": 14, "t": 10, "b": 50},
+        hovermode="closest",
+        dragmode=False,
+        showlegend=True,
+    )
+    return fig
+
+
+def _named(spots: Sequence[Spot]) -> list[Spot]:
+    """Of the first and the last length of every backend the highest spot: those of one model stand above each other."""
+    ends = [spot for spot in spots if spot.length in _ends(spots, spot.backend)]
+    highest: dict[tuple[int, float], Spot] = {}
+    for spot in sorted(ends, key=lambda spot: spot.flops):
+        highest[spot.length, spot.intensity] = spot
+    return list(highest.values())
+
+
+def _ends(spots: Sequence[Spot], backend: str) -> set[int]:
+    lengths = [spot.length for spot in spots if spot.backend == backend]
+    return {min(lengths), max(lengths)}
 
 
 def _rate(flops: float) -> tuple[float, str]:

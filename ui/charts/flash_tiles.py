@@ -5,6 +5,7 @@ Legend: S steps, N blocks of queries, M blocks of keys, d head width, C parts of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ui import theme
+from ui.charts.flash import TEXT, decades
 from ui.charts.memory import amount, unit_of
 
 WAITING, DONE, CURRENT, SKIPPED = range(4)
@@ -235,6 +237,72 @@ def traffic(read: int, written: int, in_all: int, standard: int, *, mode: theme.
         barmode="stack",
         margin={"l": 10, "r": 14, "t": 4, "b": 84},
         legend={"orientation": "h", "x": 0, "y": -0.3, "yanchor": "top", "traceorder": "normal"},
+        dragmode=False,
+    )
+    return fig
+
+
+def on_chip(
+    sizes: np.ndarray,
+    counted: np.ndarray,
+    theorem: np.ndarray,
+    standard: int,
+    chosen: float | None,
+    *,
+    mode: theme.Mode = "light",
+) -> go.Figure:
+    """Bytes that are moved over on-chip memory, both logarithmic.
+
+    Args:
+        sizes: (C,) bytes on the chip.
+        counted: (C,) moved, as the tiles of that size move them.
+        theorem: (C,) T²d²/M.
+        standard: moved by standard attention.
+        chosen: bytes on the chip that the page is set to; None if it is not.
+        mode: light or dark.
+    """
+    surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
+    fig = go.Figure()
+    for name, values, line in (
+        ("counted", counted, {"color": colours[0], "width": 2}),
+        ("theorem, T²d²/M", theorem, {"color": surface.muted, "width": 2, "dash": "dash"}),
+        ("standard attention", np.full(len(sizes), standard), {"color": colours[1], "width": 2, "dash": "dot"}),
+    ):
+        fig.add_scatter(
+            x=sizes,
+            y=values,
+            name=name,
+            mode="lines+markers" if name == "counted" else "lines",
+            line=line,
+            marker={"symbol": "diamond", "size": 9},
+            customdata=[
+                f"{amount(int(size))} on the chip: {amount(value)}" for size, value in zip(sizes, values, strict=True)
+            ],
+            hovertemplate=name + "<br>%{customdata}<extra></extra>",
+        )
+    if chosen is not None:
+        fig.add_vline(chosen, line={"color": surface.ink, "width": 1.5, "dash": "dot"})
+        fig.add_annotation(
+            text="on the chip now", x=math.log10(chosen), y=1, yref="paper", xanchor="left", yanchor="top", **TEXT
+        )
+    reach = [*sizes.tolist(), *([] if chosen is None else [chosen])]
+    most = max(*counted.tolist(), *theorem.tolist(), standard)
+    least = min(*counted.tolist(), *theorem.tolist(), standard)
+    for axis, title, low, high in (
+        (fig.update_xaxes, "on-chip memory M, bytes", min(reach) / 1.3, max(reach) * 1.3),
+        (fig.update_yaxes, "moved, bytes", least / 1.6, most * 1.6),
+    ):
+        axis(
+            type="log",
+            title={"text": title, "standoff": 4},
+            range=[math.log10(low), math.log10(high)],
+            **decades(low, high),
+            fixedrange=True,
+        )
+    fig.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 76, "r": 14, "t": 10, "b": 50},
+        hovermode="closest",
         dragmode=False,
     )
     return fig

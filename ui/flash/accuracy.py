@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import flash_accuracy
+from engine.experiments._flash import number_in_words
 from ui import chart, export, run, theme
 from ui.charts import flash_accuracy as charts
 from ui.charts.flash_accuracy import Errors
@@ -41,7 +42,11 @@ def accuracy(given: Settings) -> None:
     )
     st.table(_backends(found), border="horizontal")
     if found.precisions:
-        st.markdown("**The same attention, number format by number format**: standard attention on float32 numbers")
+        layer = " and by the FlashAttention layer: fast (float16 with float32 sums) and exact" if found.on_gpu else ""
+        st.markdown(
+            "**Number format by number format**: attention to float32 numbers, whose rounding to the format counts, by "
+            f"standard attention{layer}"
+        )
         st.table(_formats(found), border="horizontal")
     for label, said in found.failed.items():
         st.warning(plain(f"{label} is left out: {said}"), icon=":material/warning:")
@@ -84,11 +89,11 @@ def _backends(found: flash_accuracy.Result) -> pd.DataFrame:
 def _formats(found: flash_accuracy.Result) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            one.name: {"rms error": _error(one.rms), "step from 1 to the next number": f"{one.epsilon:.1e}"}
+            one.name: {"rms error": _error(one.rms), "step from 1 to the next number": number_in_words(one.epsilon)}
             for one in found.precisions
         }
     ).T
 
 
 def _error(value: float) -> str:
-    return "none" if value == 0 else f"{value:.1e}"
+    return "none" if value == 0 else number_in_words(value)

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import flash_decode
-from engine.experiments._flash import bytes_in_words
+from engine.experiments._flash import bytes_in_words, number_in_words
 from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts import flash_tiles
@@ -111,8 +111,9 @@ def merge_sentence(merge: flash_decode.Merge) -> str:
     """What each part keeps, and that nothing is lost."""
     largest = int(merge.share.argmax())
     return (
-        f"Each of {len(merge.starts)} parts of {merge.length:,} tokens keeps its largest score m, its sum l and its "
-        f"output; multiplied by e^(m − the largest m), sums and outputs add up. Part {largest + 1} weighs most, "
+        f"A cache of {merge.length:,} tokens with random numbers, in {len(merge.starts)} parts. Each keeps its largest "
+        "score m, its sum l and its output; multiplied by e^(m − the largest m), sums and outputs add up. Part "
+        f"{largest + 1} weighs most, "
         f"{merge.share[largest]:.1%}. Merged, the output differs from that of the whole cache by at most "
-        f"{merge.difference:.0e} in float64."
+        f"{number_in_words(merge.difference)} in float64."
     )

@@ -52,10 +52,14 @@ def code() -> None:
     source.show(
         [
             "engine.flash.online:stream_softmax",
+            "engine.flash.online:_chunks",
             "engine.flash.tiled:stream_tiles",
+            "engine.flash.tiled:_forward_tiles",
             "engine.flash.tiled:tiled_attention",
             "engine.flash.tiled:stream_backward_tiles",
             "engine.flash.split:split_attention",
+            "engine.flash.split:attend_parts",
+            "engine.flash.split:merge",
             "engine.flash.triton_forward:_forward_kernel",
             "engine.flash.triton_forward:_absorb",
             "engine.flash.triton_forward:attend",

@@ -8,30 +8,51 @@ import streamlit as st
 from engine.experiments import flash_roofline
 from ui import chart, export, run, theme
 from ui.charts import flash_roofline as charts
-from ui.charts.flash_roofline import Spot
+from ui.charts.flash_roofline import Spot, Track
 from ui.flash.measure_button import measure_button
 from ui.flash.missing import missing, provenance
 from ui.flash.settings import PREFIX, Settings
 from ui.prose import plain
 
 RUN = f"{PREFIX}_roofline_run"
-_HEIGHT = 620
+_HEIGHT, _INTENSITY_HEIGHT = 560, 210
 
 
 def roofline(given: Settings) -> None:
-    """The button, and the picture as its points come."""
+    """What arithmetic says at once, the button, and the picture as its points come."""
     started = measure_button("flash_roofline", given.params, key=RUN)
+    if started is not None:
+        run.watch("flash_roofline", started, _draw, key=RUN, height=_HEIGHT)
+    _intensity(given.params)
     if started is None:
         st.info(
             "Every device has two speeds: how fast it computes, and how fast bytes come from its main memory. Which of "
             "them is the limit depends on the **arithmetic intensity**, the FLOP (multiplications and additions) done "
             "for each byte moved. Standard attention moves its T × T matrix, FlashAttention does not: where will each "
-            "stand below the roof of this device? **Measure** takes both speeds first, then the same sweep as “Speed "
-            "and memory”.",
+            "stand below the roof of this device? **Measure** takes both speeds first (once in the life of the "
+            "server), then the same sweep as “Speed and memory”.",
             icon=":material/lightbulb:",
         )
-        return
-    run.watch("flash_roofline", started, _draw, key=RUN, height=_HEIGHT)
+
+
+def tracks(params: flash_roofline.Params) -> list[Track]:
+    """Both algorithms on the axis of intensity, by arithmetic alone."""
+    looks = {"standard": "standard", "flash": "torch-flash"}
+    return [
+        Track(looks[path.name], f"{path.label}, computed", path.lengths.tolist(), path.intensity.tolist())
+        for path in flash_roofline.predict_paths(params)
+    ]
+
+
+def _intensity(params: flash_roofline.Params) -> None:
+    """It follows the controls: nothing of it is measured."""
+    st.markdown("**Intensity by arithmetic alone**, with the settings beside it")
+    chart.figure(
+        charts.intensity(tracks(params), mode=theme.mode()),
+        key=f"{PREFIX}_intensity",
+        sentence=flash_roofline.describe_paths(flash_roofline.predict_paths(params)),
+        height=_INTENSITY_HEIGHT,
+    )
 
 
 def spots(found: flash_roofline.Result) -> list[Spot]:

@@ -72,7 +72,10 @@ def settings() -> Settings | None:
 
 
 def has_gpu() -> bool:
-    """Whether the experiments run on a GPU, as far as that is known."""
+    """Whether the experiments run on a GPU, as far as that is known.
+
+    Who comes to a server that is still starting is given a processor's defaults.
+    """
     started = run.starting()
     if not started.done() or started.exception() is not None:
         return False

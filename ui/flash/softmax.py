@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import flash_online
+from engine.experiments._flash import number_in_words
 from ui import chart, export, run, theme
 from ui.charts import flash_softmax as charts
 from ui.charts.flash_softmax import Chunk
@@ -115,7 +116,7 @@ def _verdict(found: flash_online.Result, params: flash_online.Params) -> None:
     with st.container(horizontal=True, key=f"{PREFIX}_softmax_verdict"):
         st.metric(
             f"Naive, in {params.dtype}",
-            "no numbers" if math.isnan(found.naive_error) else f"{found.naive_error:.1e} off",
+            "no numbers" if math.isnan(found.naive_error) else f"{number_in_words(found.naive_error)} off",
             delta=f"{len(found.overflowed)} of {len(found.scores)} overflow"
             if found.overflowed
             else "nothing overflows",
@@ -126,7 +127,7 @@ def _verdict(found: flash_online.Result, params: flash_online.Params) -> None:
         )
         st.metric(
             f"Online, in {params.dtype}",
-            f"{found.online_error:.1e} off",
+            f"{number_in_words(found.online_error)} off",
             delta="nothing overflows",
             delta_color="off",
             delta_arrow="off",

@@ -65,6 +65,7 @@ def _forecast(params: flash_speed.Params) -> None:
         fig, key=key, name="flash-memory", experiment="flash_speed", params=params, data=lambda: _forecasts(predicted)
     )
     st.caption(
+        "Attention is softmax(QKᵀ / √d) V, and QKᵀ has a number for every pair of tokens: that is the T × T matrix. "
         "Nothing has run yet: this is arithmetic. **Measure** times every implementation that exists on this device, "
         "at every length, and weighs what each allocates; points appear as they come."
     )
@@ -194,6 +195,10 @@ def _draw(found: flash_speed.Result, params: flash_speed.Params) -> None:
     if found.ended not in ("running", "finished"):
         st.info(plain(found.ending), icon=":material/info:")
     export.export(fig, key=key, name="flash-speed", experiment="flash_speed", params=params, data=lambda: table(found))
+    st.caption(
+        "Dashed: memory by the books, and no time can be shorter, which is the longer of computing and moving bytes at "
+        "this device's measured peaks; kernels do more than these count, such as exponentials."
+    )
     if not found.on_gpu and found.ended != "running":
         st.caption(
             "This is a processor: there is no small memory to program as on a GPU, caches do that by themselves. The "

@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import flash_tiles
+from engine.experiments._flash import number_in_words
 from ui import chart, export, run, theme
 from ui.charts import flash_tiles as charts
 from ui.charts.flash_tiles import Tiles
@@ -23,7 +24,7 @@ STEP = f"{PREFIX}_step"
 _PLAYING = f"_{PREFIX}_playing"
 _SEEN = f"_{PREFIX}_step_of"
 _PACE = 0.7  # seconds a step
-_GRID_HEIGHT, _OUTPUT_HEIGHT, _TRAFFIC_HEIGHT = 520, 300, 230
+_GRID_HEIGHT, _OUTPUT_HEIGHT, _TRAFFIC_HEIGHT, _MEMORY_HEIGHT = 520, 300, 230, 340
 _SHOWN_SCORES = 8
 _ROUNDING = 1e-5  # of an output in float32
 
@@ -65,6 +66,17 @@ def tiles(given: Settings) -> None:
         st.button("Next", key=f"_{STEP}_next", icon=":material/chevron_right:", on_click=_move, args=(1, steps))
         st.button("End", key=f"_{STEP}_last", icon=":material/last_page:", on_click=_go, args=(steps,))
     st.fragment(_step, run_every=_PACE if playing else None)(found, params, playing)
+    _memory(params)
+
+
+def _memory(params: flash_tiles.Params) -> None:
+    """What on-chip memory is worth: arithmetic, and the same at every step."""
+    curve = flash_tiles.predict_traffic(params)
+    chosen = None if params.on_chip is None else params.on_chip * 1024
+    st.markdown("**What on-chip memory is worth**, counted and by the paper's theorem")
+    fig = charts.on_chip(curve.on_chip, curve.counted, curve.theorem, curve.standard, chosen, mode=theme.mode())
+    key = f"{PREFIX}_on_chip"
+    chart.figure(fig, key=key, sentence=curve.sentence, height=_MEMORY_HEIGHT)
 
 
 def first_step(found: flash_tiles.Result) -> int:
@@ -102,13 +114,13 @@ def _step(found: flash_tiles.Result, params: flash_tiles.Params, playing: bool) 
             st.rerun()
         state[STEP] = state.get(STEP, 0) + 1
     step = st.slider(
-        "Step",
+        "Tiles done",
         0,
         steps,
         key=STEP,
         bind="query-params",
         on_change=_pause,
-        help="Tiles in the order in which they are computed; at the last step all are done.",
+        help="In the order in which they are computed; the next one is drawn as “now”, and at the end all are done.",
     )
     left, right = st.columns([5, 4], gap="medium")
     mode = theme.mode()
@@ -254,8 +266,8 @@ def output_sentence(found: flash_tiles.Result, params: flash_tiles.Params, runni
     apart = float(np.abs(running - found.row_reference).max())
     if apart < _ROUNDING:
         return (
-            f"The output of row {params.row}, O / l, is standard attention's, to the {apart:.0e} by which float32 "
-            "rounds: nothing was approximated."
+            f"The output of row {params.row}, O / l, is standard attention's, to the {number_in_words(apart)} by which "
+            "float32 rounds: nothing was approximated."
         )
     return (
         f"The output of row {params.row}, O / l, is a correct average over the keys seen so far; from that over all "
