@@ -29,8 +29,8 @@ def roofline(given: Settings) -> None:
             "Every device has two speeds: how fast it computes, and how fast bytes come from its main memory. Which of "
             "them is the limit depends on the **arithmetic intensity**, the FLOP (multiplications and additions) done "
             "for each byte moved. Standard attention moves its T × T matrix, FlashAttention does not: where will each "
-            "stand below the roof of this device? **Measure** takes both speeds first (once in the life of the "
-            "server), then the same sweep as “Speed and memory”.",
+            "stand below the roof of this device? **Measure** takes both speeds first (the best of all times counts), "
+            "then the same sweep as “Speed and memory”.",
             icon=":material/lightbulb:",
         )
 
