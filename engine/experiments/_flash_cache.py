@@ -31,15 +31,15 @@ def list_ways(params: Params, device: str) -> tuple[list[Way], dict[str, str]]:
     """What can read the cache here, our own last, and why the rest cannot."""
     import torch
 
-    from engine.flash.backends import BACKENDS
+    from engine.flash.backends import BACKENDS, Case
     from engine.flash.split import split_attention
 
     ways, absent = [], {}
     grouped = params.heads != params.kv_heads
+    dtype, keys = getattr(torch, params.dtype), params.max_length
+    case = Case(device, dtype, params.head_dim, 1, keys, causal=False, grad=False, grouped=grouped)
     for backend in (BACKENDS[name] for name in dict.fromkeys(params.backends)):
-        case = (params.head_dim, 1, params.max_length, False, False, grouped)
-        reason = backend.why_not(device, getattr(torch, params.dtype), *case)
-        if reason is not None:
+        if (reason := backend.why_not(case)) is not None:
             absent[backend.label] = reason
         else:
             ways.append(Way(backend.name, backend.label, grouped and not backend.groups, backend.run))

@@ -179,9 +179,11 @@ class Sweep:
         return Q, K, V, torch.randn(shape, **look) if params.grad else None
 
     def _why_not(self, backend: Backend, length: int) -> str | None:
+        from engine.flash.backends import Case
+
         params = self._params
-        shape = (params.head_dim, length, length, params.causal, params.grad, False)
-        return backend.why_not(self._job.device, self._dtype, *shape)
+        shape = (params.head_dim, length, length, params.causal)
+        return backend.why_not(Case(self._job.device, self._dtype, *shape, grad=params.grad, grouped=False))
 
     def _too_much(self, backend: Backend, length: int) -> Stop | None:
         from engine import memory

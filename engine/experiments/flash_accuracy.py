@@ -138,6 +138,7 @@ def run(params: Params, job: Job) -> Result:
 
     from engine.experiments._flash_sweep import attempt
     from engine.flash.backends import BACKENDS as EXISTING
+    from engine.flash.backends import Case
     from engine.measure import device_name, versions
 
     dtype = getattr(torch, params.dtype)
@@ -150,10 +151,10 @@ def run(params: Params, job: Job) -> Result:
     reference = _reference(params, [tensor.double() for tensor in inputs])
     scale = reference.square().mean().sqrt().item()
     chosen = [EXISTING[name] for name in dict.fromkeys(("standard", *params.backends))]
-    case = (job.device, dtype, params.head_dim, params.length, params.length, params.causal, False, False)
+    case = Case.of(*inputs[:2], params.causal, grad=False)
     errors: list[Errors] = []
     failed: dict[str, str] = {}
-    absent = {backend.label: reason for backend in chosen if (reason := backend.why_not(*case)) is not None}
+    absent = {backend.label: reason for backend in chosen if (reason := backend.why_not(case)) is not None}
     present = [backend for backend in chosen if backend.label not in absent]
     for done, backend in enumerate(present, 1):
         if job.cancelled:

@@ -62,13 +62,14 @@ def run(params: Params, job: Job) -> Result:
     import torch
 
     from engine.flash.backends import BACKENDS as EXISTING
+    from engine.flash.backends import Case
     from engine.flash.choice import error_against_reference
 
     drawn = _draw(params)
     inputs = [tensor.to(getattr(torch, params.dtype)).to(job.device) for tensor in drawn]
     chosen = [EXISTING[name] for name in dict.fromkeys(params.backends)]
-    case = (job.device, inputs[0].dtype, params.head_dim, params.length, params.length, params.causal)
-    absent = {backend.label: reason for backend in chosen if (reason := backend.why_not(*case)) is not None}
+    case = Case.of(*inputs[:2], params.causal, grad=False)
+    absent = {backend.label: reason for backend in chosen if (reason := backend.why_not(case)) is not None}
     present = [backend for backend in chosen if backend.label not in absent]
     checks = _of_the_algorithm(params, drawn)
     standard, graded = (
@@ -79,7 +80,7 @@ def run(params: Params, job: Job) -> Result:
     for done, backend in enumerate(present, 2):
         if job.cancelled:
             raise JobCancelledError("The job was cancelled before all properties were checked.")
-        has_gradients = backend.why_not(*case, grad=True) is None
+        has_gradients = backend.why_not(case._replace(grad=True)) is None
         checks += _of_a_backend(params, backend, inputs, graded if has_gradients else standard)
         job.report(done, 1 + len(present))
     return Result(checks, absent)

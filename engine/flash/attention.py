@@ -171,7 +171,7 @@ class FlashAttention(nn.Module):
                 calls_before_measuring=self.calls_before_measuring,
             )
         backend = BACKENDS[self.backend]
-        if not torch.compiler.is_compiling() and (reason := backend.refusal(Case.of(Q, K, self.causal, grad))):
+        if not torch.compiler.is_compiling() and (reason := backend.why_not(Case.of(Q, K, self.causal, grad))):
             raise InputError(f"{backend.label} cannot compute this. {reason}")
         return backend
 

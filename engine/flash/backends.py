@@ -1,6 +1,6 @@
 """Everything that may compute attention here, behind one signature, and why the rest cannot.
 
-    for backend in choices("cuda:0", torch.bfloat16, 64, 2048, 2048, causal=True, grad=False, grouped=False):
+    for backend in choices(Case.of(Q, K, causal=True, grad=False)):
         output = backend.run(Q, K, V, causal=True, scale=None)
 
 A kernel brings its own conventions, and `run` hides them: causal always means that the last query sees the last key,
@@ -32,7 +32,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Case(NamedTuple):
-    """What a backend is asked for, in the order of `Backend.why_not`'s arguments.
+    """What a backend is asked for.
 
     Args:
         device: torch device, e.g. ``"cuda:0"``.
@@ -73,7 +73,7 @@ class Backend:
         name: its key in `BACKENDS`.
         label: its name for people.
         family: whose it is: "ours", "torch" or "flash-attn".
-        refusal: why it does not take a case, or None.
+        why_not: one sentence that says why it does not take a case, or None; nothing is run.
         kernel: computes a case that is not refused, has keys, and where every query sees at least one of them.
         multiple: the kernel wants d to be one of this number; other widths are filled up with zeros.
         groups: whether the kernel lets query heads share key heads; otherwise these are repeated.
@@ -83,25 +83,11 @@ class Backend:
     name: str
     label: str
     family: Literal["ours", "torch", "flash-attn"]
-    refusal: Refusal
+    why_not: Refusal
     kernel: Kernel
     multiple: int = 1
     groups: bool = True
     plans_per_shape: bool = False
-
-    def why_not(
-        self,
-        device: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        Tq: int,
-        Tk: int,
-        causal: bool,
-        grad: bool = False,
-        grouped: bool = False,
-    ) -> str | None:
-        """One sentence that says why it cannot, or None; nothing is run. The arguments are those of `Case`."""
-        return self.refusal(Case(str(device), dtype, head_dim, Tq, Tk, causal, grad, grouped))
 
     def run(self, Q: Tensor, K: Tensor, V: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
         """softmax(QKᵀ · scale) V.
@@ -135,34 +121,14 @@ class Backend:
         return F.pad(output, (0, 0, blind, 0)) if blind else output
 
 
-def choices(
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    Tq: int,
-    Tk: int,
-    causal: bool,
-    grad: bool = False,
-    grouped: bool = False,
-) -> list[Backend]:
-    """The backends that take such a case, in the order of `BACKENDS`. The arguments are those of `Case`."""
-    case = Case(str(device), dtype, head_dim, Tq, Tk, causal, grad, grouped)
-    return [backend for backend in BACKENDS.values() if backend.refusal(case) is None]
+def choices(case: Case) -> list[Backend]:
+    """The backends that take a case, in the order of `BACKENDS`."""
+    return [backend for backend in BACKENDS.values() if backend.why_not(case) is None]
 
 
-def absent(
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    Tq: int,
-    Tk: int,
-    causal: bool,
-    grad: bool = False,
-    grouped: bool = False,
-) -> dict[str, str]:
+def absent(case: Case) -> dict[str, str]:
     """Why the others do not, by label."""
-    case = Case(str(device), dtype, head_dim, Tq, Tk, causal, grad, grouped)
-    reasons = {backend.label: backend.refusal(case) for backend in BACKENDS.values()}
+    reasons = {backend.label: backend.why_not(case) for backend in BACKENDS.values()}
     return {label: reason for label, reason in reasons.items() if reason is not None}
 
 

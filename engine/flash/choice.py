@@ -180,7 +180,7 @@ def resolve(
     _seen[shape] += 1
     often = _seen[shape] > CALLS_BEFORE_PLANNING
     case = Case.of(Q, K, causal, grad)
-    able = [*(backend for backend in found.ranking() if backend.refusal(case) is None), starter]
+    able = [*(backend for backend in found.ranking() if backend.why_not(case) is None), starter]
     backend = next(each for each in able if often or not each.plans_per_shape)
     if backend is able[0]:
         _settled[shape] = backend.name
@@ -249,7 +249,7 @@ def error_against_reference(
 def _starter(device: str, dtype: torch.dtype, head_dim: int, grad: bool) -> str:
     reasons = {}
     for name in STARTERS:
-        reasons[name] = BACKENDS[name].why_not(device, dtype, head_dim, 1024, 1024, False, grad, False)
+        reasons[name] = BACKENDS[name].why_not(Case(device, dtype, head_dim, 1024, 1024, False, grad, False))
         if reasons[name] is None:
             return name
     raise InputError("No backend computes this. " + _listed(reasons))
@@ -264,7 +264,7 @@ def _measured(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float | None
     evidence, errors, refused = {}, {}, {}
     shape = f"{' and '.join(' × '.join(map(str, x.shape)) for x in (Q, K))}{', causal' if causal else ''}"
     for name, backend in BACKENDS.items():
-        if reason := backend.refusal(case) or _too_large(backend, Q, K, grad):
+        if reason := backend.why_not(case) or _too_large(backend, Q, K, grad):
             refused[name] = reason
             continue
         try:

@@ -100,7 +100,7 @@ def first_calls(device: str, shape: Shape) -> dict[str, Any]:
     Q, K, V, _ = shape.drawn(device)
     (Q @ K.mT).sum().item()
     found: dict[str, Any] = {}
-    for backend in choices(*Case.of(Q, K, shape.causal, False)):
+    for backend in choices(Case.of(Q, K, shape.causal, False)):
         start = time.perf_counter()
         try:
             with torch.no_grad():
@@ -117,7 +117,7 @@ def measured(device: str, shape: Shape, direction: str, peak: float) -> dict[str
     module = FlashAttention(shape.head_dim, shape.causal, calls_before_measuring=0)
     functions: dict[str, Callable[..., Tensor]] = {
         backend.name: partial(backend.run, causal=shape.causal)
-        for backend in choices(*Case.of(*tensors[:2], shape.causal, direction == "both"))
+        for backend in choices(Case.of(*tensors[:2], shape.causal, direction == "both"))
     }
     functions[BARE] = partial(F.scaled_dot_product_attention, is_causal=shape.causal)
     functions[CHOSEN] = module
@@ -247,7 +247,7 @@ def main() -> int:
     example = Shape(64, True, lengths[-1], tokens, width)
     keep(first_calls_s=first_calls(device, example))
     print("first calls, s:", record["first_calls_s"])
-    keep(absent=absent(device, torch.bfloat16, 64, 2048, 2048, causal=True))
+    keep(absent=absent(Case(device, torch.bfloat16, 64, 2048, 2048, causal=True, grad=False, grouped=False)))
     for label, reason in record["absent"].items():
         print(f"absent: {label}. {reason}")
     roof = ceilings(device, torch.bfloat16)

@@ -116,7 +116,7 @@ class TestSweeps:
         def refusal(case):
             return "Not 128." if case.Tq == 128 else None
 
-        monkeypatch.setitem(BACKENDS, "torch-math", broken("torch-math", refusal=refusal))
+        monkeypatch.setitem(BACKENDS, "torch-math", broken("torch-math", why_not=refusal))
         found = flash_speed.run(flash_speed.Params(**SMALL), LocalJob())
         assert [(stop.length, stop.kind, stop.reason) for stop in found.stops] == [(128, "cannot", "Not 128.")]
         assert sum(point.backend == "torch-math" for point in found.points) == 1
@@ -592,7 +592,7 @@ def test_a_backend_that_looks_ahead_or_fails_is_red(monkeypatch):
         return BACKENDS["torch-math"].kernel(Q, K, V, False, scale)
 
     monkeypatch.setitem(BACKENDS, "torch-flash", broken("torch-flash", kernel=looks_ahead))
-    monkeypatch.setitem(BACKENDS, "triton", broken("triton", refusal=lambda case: None, kernel=fails))
+    monkeypatch.setitem(BACKENDS, "triton", broken("triton", why_not=lambda case: None, kernel=fails))
     checks = flash_tests.run(flash_tests.Params(length=64), LocalJob()).checks
     red = {check.name for check in checks if not check.passed}
     assert {f"{BACKENDS['torch-flash'].label}: no looking ahead", f"{BACKENDS['triton'].label}: runs"} <= red

@@ -59,7 +59,7 @@ COMPILED = ("flex", "flash-attn-4", "triton")
 
 def running(device, dtype, shape, causal, grad=False):
     heads, groups, queries, keys, width = shape
-    found = choices(device, dtype, width, queries, keys, causal, grad, heads != groups)
+    found = choices(Case(device, dtype, width, queries, keys, causal, grad, heads != groups))
     return [backend for backend in found if backend.name not in COMPILED]
 
 
@@ -176,12 +176,12 @@ def test_standard_attention_passes_over_the_scores_no_more_than_it_must(dtype, g
 
 def test_what_is_absent_says_why_and_the_rest_is_there():
     case = Case("cpu", torch.float32, 64, 128, 128, causal=True, grad=False, grouped=False)
-    found, reasons = choices(*case), absent(*case)
+    found, reasons = choices(case), absent(case)
     assert tuple(backend.name for backend in found) == ON_CPU
     assert {backend.label for backend in BACKENDS.values()} == {backend.label for backend in found} | set(reasons)
     assert all(reason[0].isupper() and reason.endswith(".") and "cpu" in reason for reason in reasons.values())
     assert all(BACKENDS[name].name == name for name in BACKENDS)
-    assert BACKENDS["flex"].why_not("cpu", torch.float32, 64, 1, 1, False) == reasons["FlexAttention, compiled"]
+    assert BACKENDS["flex"].why_not(case) == reasons["FlexAttention, compiled"]
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def hopper(monkeypatch):
 
 def why_not(name, **changed):
     case = Case("cuda:0", torch.bfloat16, 64, 128, 128, causal=True, grad=False, grouped=False)
-    return BACKENDS[name].why_not(*case._replace(**changed))
+    return BACKENDS[name].why_not(case._replace(**changed))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -357,7 +357,7 @@ def test_what_is_compiled_computes_the_formula_and_its_gradients(shape, name):
     inputs, upstream = drawn(shape, 9, torch.float16, "cuda"), drawn(shape, 10, torch.float16, "cuda")[0]
     backend = BACKENDS[name]
     grad = name != "triton"
-    if reason := backend.why_not("cuda", torch.float16, width, queries, keys, True, grad, heads != groups):
+    if reason := backend.why_not(Case("cuda", torch.float16, width, queries, keys, True, grad, heads != groups)):
         pytest.skip(reason)
     close(backend.run(*inputs, True), expected(*inputs, True), torch.float16)
     if grad:
