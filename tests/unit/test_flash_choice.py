@@ -180,6 +180,8 @@ def test_twice_the_baseline_is_the_limit_and_a_rounding_is_allowed():
     assert Errors(2e-3, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
     assert not Errors(2e-3, 4e-3, 6e-3, 8.1e-3).within(baseline, torch.float32)
     assert not Errors(2.1e-3, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
+    assert Errors(2e-3 + 5e-8, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
+    assert not Errors(2e-3 + 7e-8, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
     assert Errors(5e-8, 5e-8).within(Errors(0.0, 0.0), torch.float32)
     assert not Errors(float("inf"), 0.0).within(Errors(1.0, 1.0), torch.float32)
 
