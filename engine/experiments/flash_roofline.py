@@ -16,7 +16,7 @@ from engine.experiments._ending import Ending, stopped
 from engine.experiments._flash import RUNS_WORDS, Peaks, Stop, SweepParams, why_above_peak
 
 if TYPE_CHECKING:
-    from engine.experiments._flash_sweep import Measured
+    from engine.experiments import flash_speed
     from engine.runtime.jobs import Job
 
 
@@ -152,7 +152,9 @@ def run(params: Params, job: Job) -> Result:
     job.show(lambda: result("running", "The roof was measured."))
     for found in sweep:
         if isinstance(found, Measured):
-            points.append(_point(params, found, peaks))
+            backend, taken = found.backend, found.evidence
+            times = (taken.median_ms, taken.low_ms, taken.high_ms)
+            points.append(_point(params, backend.name, backend.label, found.length, times, peaks))
         else:
             stops.append(found)
         job.report(len(points) + len(stops), sweep.total, tokens=found.length)
@@ -195,23 +197,50 @@ def describe_paths(paths: tuple[Path, ...]) -> str:
     )
 
 
-def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
-    model, evidence = _flash_cost.model_of(found.backend.name), found.evidence
-    flops = _flash_cost.flops(params, found.length)
-    moved = _flash_cost.moved_bytes(params, model, found.length)
+def below_roof(params: SweepParams, found: flash_speed.Result) -> Result:
+    """The points of a sweep that was timed before, below the roof of its device; needs no torch."""
+    points = tuple(
+        _point(params, one.backend, one.label, one.length, (one.median_ms, one.low_ms, one.high_ms), found.peaks)
+        for one in found.points
+    )
+    return Result(
+        peaks=found.peaks,
+        points=points,
+        paths=predict_paths(params),
+        stops=found.stops,
+        absent=found.absent,
+        total=found.total,
+        memory=_memory_words(found.on_gpu),
+        on_gpu=found.on_gpu,
+        evidence=found.evidence,
+        ended=found.ended,
+        ending=found.ending,
+        sentence=_describe(params, found.peaks, points, on_gpu=found.on_gpu),
+        device=found.device,
+        versions=found.versions,
+    )
+
+
+def _point(
+    params: SweepParams, backend: str, label: str, length: int, times: tuple[float, float, float], peaks: Peaks
+) -> Point:
+    """A backend at a length that takes `times`: the median, the 10th and the 90th percentile, in milliseconds."""
+    model, (median, low, high) = _flash_cost.model_of(backend), times
+    flops = _flash_cost.flops(params, length)
+    moved = _flash_cost.moved_bytes(params, model, length)
     intensity = flops / moved
     return Point(
-        backend=found.backend.name,
-        label=found.backend.label,
+        backend=backend,
+        label=label,
         model=model,
-        length=found.length,
-        batch=params.batch_at(found.length),
+        length=length,
+        batch=params.batch_at(length),
         flops=flops,
         moved_bytes=moved,
         intensity=intensity,
-        flops_per_second=flops / evidence.median_ms * 1e3,
-        low=flops / evidence.high_ms * 1e3,
-        high=flops / evidence.low_ms * 1e3,
+        flops_per_second=flops / median * 1e3,
+        low=flops / high * 1e3,
+        high=flops / low * 1e3,
         roof=min(peaks.flops, intensity * peaks.bandwidth),
     )
 
@@ -231,7 +260,7 @@ def _runs_in_words(params: Params, on_gpu: bool) -> str:
     return f"the runs of {10 * params.runs} ms, three at least" if on_gpu else f"{params.runs} runs"
 
 
-def _describe(params: Params, peaks: Peaks, points: tuple[Point, ...], *, on_gpu: bool) -> str:
+def _describe(params: SweepParams, peaks: Peaks, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     """Where the roofs meet, and on which side of that the two models' longest points lie."""
     roof = f"This device turns from memory-bound to compute-bound at {peaks.ridge:.3g} FLOP a byte."
     if not points:

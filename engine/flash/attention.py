@@ -203,7 +203,7 @@ class FlashAttention(nn.Module):
 def fits_half_precision(Q: Tensor, K: Tensor, V: Tensor, scale: float) -> bool:
     """Whether float16 leaves these float32 tensors TF32's digits: small scores, and no row beyond float16's range.
 
-    No score can exceed |q| |k| scale. The numbers are read from the device at once.
+    No score can exceed |q| |k| scale. The numbers are read from the device at once, and anew where a row is all zeros.
 
     Args:
         Q: (B, H, Tq, d).
@@ -213,19 +213,25 @@ def fits_half_precision(Q: Tensor, K: Tensor, V: Tensor, scale: float) -> bool:
     """
     if not Q.numel() or not K.numel():
         return False
+    norm = torch.linalg.vector_norm  # all reductions are kernels of this one kind: a process loads each for some 10 ms
+    found = torch.empty(8, dtype=Q.dtype, device=Q.device)
     with torch.no_grad():
-        lengths = [torch.linalg.vector_norm(x, dim=-1).amax() for x in (Q, K)]
-        ends = [end for x in (Q, K, V) for end in _row_range(x)]
-        q, k, *found = torch.stack([*lengths, *ends]).tolist()  # then least and largest in turn
-    low, high = HALF_RANGE
-    inside = all(least >= low and most <= high for least, most in zip(found[::2], found[1::2], strict=True))
+        for place, x in enumerate((Q, K)):
+            norm(norm(x, dim=-1), math.inf, out=found[place])
+        for place, x in enumerate((Q, K, V)):
+            rows = norm(x, math.inf, dim=-1)
+            norm(rows, -math.inf, out=found[2 + place])
+            norm(rows, math.inf, out=found[5 + place])
+        q, k, *ends = found.tolist()
+        least = [end if end else _least_row(x).item() for end, x in zip(ends[:3], (Q, K, V), strict=True)]
+    inside = all(low >= HALF_RANGE[0] and high <= HALF_RANGE[1] for low, high in zip(least, ends[3:], strict=True))
     return inside and q * k * abs(scale) <= LARGEST_SCORE
 
 
-def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest numbers of the rows of (…, d): the least but 0, infinite if there is none, and the largest."""
+def _least_row(x: Tensor) -> Tensor:
+    """The least of the rows' largest numbers, (…, d), but for rows of zeros; infinite if there are no others."""
     rows = torch.linalg.vector_norm(x, math.inf, dim=-1)
-    return torch.where(rows == 0, math.inf, rows).amin(), rows.amax()
+    return torch.where(rows == 0, math.inf, rows).amin()
 
 
 class InHalfPrecision(torch.autograd.Function):
@@ -291,7 +297,7 @@ def _gradients_in_half(leaves: list[Tensor], output: Tensor, upstream: Tensor) -
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     halves = torch.autograd.grad(output, wanted, scaled.half(), retain_graph=True)
     found = [(half.float().unflatten(1, (groups, -1)) / factor).flatten(1, 2) for half in halves]
-    good = [_row_range(scaled)[0] >= HALF_RANGE[0], *(gradient.isfinite().all() for gradient in found)]
+    good = [_least_row(scaled) >= HALF_RANGE[0], *(gradient.isfinite().all() for gradient in found)]
     return found if torch.stack(good).all() else None
 
 

@@ -187,18 +187,27 @@ def _hidden(Q: Tensor, K: Tensor) -> Tensor:
 
 
 def _sdpa(choice: SDPBackend) -> Kernel:
-    """One of the kernels behind `torch.nn.functional.scaled_dot_product_attention`, and no other."""
+    """One of the kernels behind `torch.nn.functional.scaled_dot_product_attention`, and no other.
+
+    While `torch.compile` traces, which cannot build PyTorch's causal bias for other numbers of keys than of queries, a
+    mask is spelled out for these, and another of the kernels steps in where the chosen one takes none.
+    """
 
     def kernel(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float) -> Tensor:
         options: dict[str, Any] = {}
+        kernels = [choice]
         if Q.shape[-3] != K.shape[-3]:
             options["enable_gqa"] = True
         if causal and Q.shape[-2] == K.shape[-2]:
             options["is_causal"] = True
         elif causal:  # is_causal would align them at the top left
             fused = Q.is_cuda and choice is not SDPBackend.MATH
-            options["attn_mask"] = bias.causal_lower_right(Q.shape[-2], K.shape[-2]) if fused else ~_hidden(Q, K)
-        with sdpa_kernel(choice):
+            if fused and not torch.compiler.is_compiling():
+                options["attn_mask"] = bias.causal_lower_right(Q.shape[-2], K.shape[-2])
+            else:
+                options["attn_mask"] = ~_hidden(Q, K)
+                kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] * fused  # flash takes no written mask
+        with sdpa_kernel(kernels):
             return F.scaled_dot_product_attention(Q, K, V, scale=scale, **options)
 
     return kernel

@@ -131,6 +131,24 @@ class TestSpeedAndMemory:
         assert app.error
         assert "Traceback" not in words(app)
 
+    def test_below_it_stands_what_a_gpu_gave_for_the_nearest_settings(self, lab):
+        app = lab()
+        before = drawn(app, "flash_speed_recorded")
+        assert {"Standard attention", "FlashAttention-4", "Ours, in Triton"} <= set(before)
+        assert all(
+            trace.get("line", {}).get("dash") == "dash"
+            for trace in spec(app, "flash_speed_recorded")["data"]
+            if len(trace["x"]) > 1
+        )
+        assert any("Recorded on an NVIDIA H200" in caption.value and "64" in caption.value for caption in app.caption)
+        app.toggle(key="flash_causal").set_value(False)
+        finished(app)
+        assert any("without a mask" in caption.value for caption in app.caption)
+        assert drawn(app, "flash_speed_recorded") != before
+        app.segmented_control(key="flash_quantity").set_value("% of peak")
+        finished(app)
+        assert "% of" in spec(app, "flash_speed_recorded")["layout"]["yaxis"]["title"]["text"]
+
     def test_nonsense_in_the_address_is_named(self, lab):
         app = lab(max_length="3000", head_dim="7")
         assert len(app.warning) == 2
@@ -329,7 +347,8 @@ def test_errors_are_drawn_for_every_backend_here(lab):
     app.selectbox(key="flash_accuracy_dtype").set_value("float16")
     finished(app)
     assert spec(app, "flash_errors")["data"] != before
-    assert len(app.table) == 2
+    assert len(app.table) == 3
+    assert "standard, TF32" in app.table[2].value.index
 
 
 def test_a_cache_is_weighed_then_read_in_parts(lab):

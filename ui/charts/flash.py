@@ -46,6 +46,7 @@ class Line:
         values: (P,) of the panel.
         hover: (P,) what is said of a point.
         low, high: (P,) ends of the spread; those that equal the values are not drawn; None for none.
+        recorded: whether it was measured elsewhere and before, which is drawn dashed.
     """
 
     backend: str
@@ -55,6 +56,7 @@ class Line:
     hover: Sequence[str]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _draw(fig: go.Figure, panel: Panel, axis: str, named: set[str], mode: theme.
             yaxis=axis,
             name=line.label,
             mode="lines+markers",
-            line={"color": colour, "width": 2},
+            line={"color": colour, "width": 2, "dash": "dash" if line.recorded else "solid"},
             marker={"symbol": symbol, "size": 10, "color": colour, "line": {"width": 2 * symbol.endswith("-open")}},
             error_y=spread,
             legendgroup=line.backend,

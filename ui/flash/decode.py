@@ -7,6 +7,7 @@ import streamlit as st
 
 from engine.experiments import flash_decode
 from engine.experiments._flash import bytes_in_words, number_in_words
+from engine.experiments._flash_recorded import recorded_decode
 from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts import flash_tiles
@@ -14,11 +15,13 @@ from ui.charts.flash import Panel, short
 from ui.flash.measure_button import measure_button
 from ui.flash.missing import missing, provenance
 from ui.flash.points import inverse_spread, lines
+from ui.flash.recorded import decode_in_words, heading
 from ui.flash.settings import PREFIX, Settings
 from ui.prose import plain
 
 RUN = f"{PREFIX}_decode_run"
 _HEIGHT, _PARTS_HEIGHT = 740, 320
+_ACROSS = "tokens in the cache, T"
 
 
 def decode(given: Settings) -> None:
@@ -44,18 +47,30 @@ def decode(given: Settings) -> None:
             "one query there is only one row of tiles, so the cache is split, and the parts are merged exactly.",
             icon=":material/lightbulb:",
         )
-        return
-    run.watch("flash_decode", started, _draw, key=RUN, height=_HEIGHT)
+    else:
+        run.watch("flash_decode", started, _draw, key=RUN, height=_HEIGHT)
+    recorded = recorded_decode()
+    if recorded is not None:
+        heading(recorded, decode_in_words(recorded.params))
+        fig = charts.over_length(panels(recorded.found, recorded=True), mode=theme.mode(), across=_ACROSS)
+        chart.figure(fig, key=f"{PREFIX}_decode_recorded", sentence=recorded.found.sentence, height=_HEIGHT)
 
 
-def panels(found: flash_decode.Result) -> list[Panel]:
+def panels(found: flash_decode.Result, *, recorded: bool = False) -> list[Panel]:
     """Time above, and how much of the memory's speed was reached below."""
     return [
         Panel(
             "time for one token, ms",
-            lines(found.points, lambda point: (point.median_ms, point.low_ms, point.high_ms), _hover),
+            lines(
+                found.points, lambda point: (point.median_ms, point.low_ms, point.high_ms), _hover, recorded=recorded
+            ),
         ),
-        Panel("% of a large copy's speed", lines(found.points, _share, _hover), logarithmic=False, most=100.0),
+        Panel(
+            "% of a large copy's speed",
+            lines(found.points, _share, _hover, recorded=recorded),
+            logarithmic=False,
+            most=100.0,
+        ),
     ]
 
 
@@ -78,7 +93,7 @@ def _hover(point: flash_decode.Point) -> str:
 
 def _draw(found: flash_decode.Result, params: flash_decode.Params) -> None:
     mode = theme.mode()
-    fig = charts.over_length(panels(found), mode=mode, across="tokens in the cache, T")
+    fig = charts.over_length(panels(found), mode=mode, across=_ACROSS)
     key = f"{PREFIX}_decode"
     chart.figure(fig, key=key, sentence=found.sentence, height=_HEIGHT)
     if found.ended not in ("running", "finished"):

@@ -25,7 +25,11 @@ P = TypeVar("P", bound=Point)
 
 
 def lines(
-    points: Sequence[P], value: Callable[[P], tuple[float, float, float]], hover: Callable[[P], str]
+    points: Sequence[P],
+    value: Callable[[P], tuple[float, float, float]],
+    hover: Callable[[P], str],
+    *,
+    recorded: bool = False,
 ) -> list[Line]:
     """A line for every backend, shortest sequence first.
 
@@ -33,13 +37,14 @@ def lines(
         points: in any order.
         value: of a point: what is drawn, and the ends of its spread.
         hover: what is said of a point.
+        recorded: whether they were measured elsewhere and before.
     """
     drawn = []
     for backend in dict.fromkeys(point.backend for point in points):
         members = sorted((point for point in points if point.backend == backend), key=lambda point: point.length)
         values, low, high = zip(*(value(point) for point in members), strict=True)
         lengths, said = [point.length for point in members], [hover(point) for point in members]
-        drawn.append(Line(backend, members[0].label, lengths, values, said, low, high))
+        drawn.append(Line(backend, members[0].label, lengths, values, said, low, high, recorded))
     return drawn
 
 

@@ -6,11 +6,13 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import flash_roofline
+from engine.experiments._flash_recorded import recorded_roofline
 from ui import chart, export, run, theme
 from ui.charts import flash_roofline as charts
 from ui.charts.flash_roofline import Spot, Track
 from ui.flash.measure_button import measure_button
 from ui.flash.missing import missing, provenance
+from ui.flash.recorded import heading, sweep_in_words
 from ui.flash.settings import PREFIX, Settings
 from ui.prose import plain
 
@@ -33,6 +35,12 @@ def roofline(given: Settings) -> None:
             "then the same sweep as “Speed and memory”.",
             icon=":material/lightbulb:",
         )
+    recorded = recorded_roofline(given.params)
+    if recorded is not None:
+        found = recorded.found
+        heading(recorded, sweep_in_words(recorded.params))
+        fig = charts.roofline(spots(found), found.peaks.flops, found.peaks.bandwidth, mode=theme.mode())
+        chart.figure(fig, key=f"{PREFIX}_roofline_recorded", sentence=found.sentence, height=_HEIGHT)
 
 
 def tracks(params: flash_roofline.Params) -> list[Track]:

@@ -12,12 +12,14 @@ import streamlit as st
 
 from engine.experiments import _flash_cost, flash_speed
 from engine.experiments._flash import bytes_in_words
+from engine.experiments._flash_recorded import Recorded, recorded_speed
 from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts.flash import MIB, End, Forecast, Panel
 from ui.flash.measure_button import measure_button
 from ui.flash.missing import missing, provenance
 from ui.flash.points import inverse_spread, lines
+from ui.flash.recorded import heading, sweep_in_words
 from ui.flash.settings import KEPT, PREFIX, Settings
 from ui.prose import plain
 
@@ -39,6 +41,12 @@ def speed(given: Settings) -> None:
         _forecast(params)
     else:
         run.watch("flash_speed", started, _draw, key=RUN, height=_HEIGHT)
+    recorded = recorded_speed(params)
+    if recorded is not None:
+        heading(recorded, sweep_in_words(recorded.params))
+        if started is None:
+            _choose_quantity()
+        _recorded(recorded)
 
 
 def _choose_quantity() -> None:
@@ -86,8 +94,8 @@ def forecast_sentence(params: flash_speed.Params, predicted: Sequence[_flash_cos
     return words
 
 
-def panels(found: flash_speed.Result, quantity: str) -> list[Panel]:
-    """Time or speed above, memory below."""
+def panels(found: flash_speed.Result, quantity: str, *, recorded: bool = False) -> list[Panel]:
+    """Time or speed above, memory below; of a recording without what is predicted."""
     ends = [stop for stop in found.stops if stop.kind in _DRAWN_STOPS]
     upper_ends = [End(stop.backend, stop.label, stop.length, _DRAWN_STOPS[stop.kind]) for stop in ends]
     lower_ends = [
@@ -105,16 +113,16 @@ def panels(found: flash_speed.Result, quantity: str) -> list[Panel]:
     said = partial(hover, found)
     upper = Panel(
         title,
-        lines(found.points, value, said),
-        _time_lines(found) if quantity == TIME else (),
+        lines(found.points, value, said, recorded=recorded),
+        _time_lines(found) if quantity == TIME and not recorded else (),
         upper_ends,
         logarithmic=quantity == TIME,
         most=100.0 if quantity == SHARE else None,
     )
     lower = Panel(
         "peak memory, MiB",
-        lines(found.points, lambda point: (point.peak_bytes / MIB,) * 3, said),
-        _memory_lines(found.predicted),
+        lines(found.points, lambda point: (point.peak_bytes / MIB,) * 3, said, recorded=recorded),
+        () if recorded else _memory_lines(found.predicted),
         lower_ends,
         limit=found.free_bytes / MIB if lower_ends and found.free_bytes else None,
         limit_words=f"free: {bytes_in_words(found.free_bytes)}",
@@ -185,6 +193,12 @@ def _forecasts(predicted: Sequence[_flash_cost.Predicted]) -> pd.DataFrame:
             for length, size in zip(line.lengths, line.peak_bytes, strict=True)
         ]
     )
+
+
+def _recorded(recorded: Recorded[flash_speed.Params, flash_speed.Result]) -> None:
+    found, quantity = recorded.found, st.session_state.get(_QUANTITY) or TIME
+    fig = charts.over_length(panels(found, quantity, recorded=True), mode=theme.mode())
+    chart.figure(fig, key=f"{PREFIX}_speed_recorded", sentence=found.sentence, height=_HEIGHT)
 
 
 def _draw(found: flash_speed.Result, params: flash_speed.Params) -> None:
