@@ -364,6 +364,10 @@ def _too_much(params: Params, way: Way, length: int, free: int) -> Stop | None:
     return Stop(way.name, way.label, length, "memory", reason, needed, free)
 
 
+def _in_gb(bandwidth: float) -> str:
+    return f"{bandwidth / GB:,.0f}" if bandwidth >= 100 * GB else f"{bandwidth / GB:.3g}"
+
+
 def describe(params: Params, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     """How near the fastest comes to a copy at the longest length, what splitting did, and what grouping saves."""
     if not points:
@@ -375,7 +379,7 @@ def describe(params: Params, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     among = f", which these runs cannot tell from {' and '.join(equal)}," if equal else ""
     said = [
         f"One query against {longest:,} tokens reads {bytes_in_words(best.cache_bytes)} of cache. Fastest is "
-        f"“{best.label}”{among} with {best.median_ms:.3g} ms: {best.bandwidth / GB:{',.0f' if best.bandwidth >= 100 * GB else '.3g'}} GB/s, "
+        f"“{best.label}”{among} with {best.median_ms:.3g} ms: {_in_gb(best.bandwidth)} GB/s, "
         f"{best.bandwidth_share:.0%} of what a large copy reaches here"
         + (f", {_why_above_copy(on_gpu)}." if best.bandwidth_share > 1 else ".")
         + (" What is missing is not memory's: starting kernels and arithmetic." if best.bandwidth_share < _FAR else "")
