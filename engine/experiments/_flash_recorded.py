@@ -73,7 +73,7 @@ def recorded_decode() -> Recorded[flash_decode.Params, flash_decode.Result] | No
         **{name: np.array(value) if isinstance(value, list) else value for name, value in plain["merge"].items()}
     )
     plain |= _shared(plain) | {"points": points, "merge": merge, "peaks": _peaks(plain)}
-    plain["sentence"] = flash_decode.describe(params, points, on_gpu=True)
+    plain["sentence"] = flash_decode.describe_points(params, points, on_gpu=True)
     return Recorded(params, flash_decode.Result(**plain), run["recorded"])
 
 

@@ -237,7 +237,7 @@ def run(params: Params, job: Job) -> Result:
             evidence=(*((f"last point: {last}",) if last else ()), *peaks.evidence),
             ended=ended,
             ending=ending,
-            sentence=describe(params, tuple(points), on_gpu=on_gpu),
+            sentence=describe_points(params, tuple(points), on_gpu=on_gpu),
             device=where,
             versions=software,
         )
@@ -368,7 +368,7 @@ def _in_gb(bandwidth: float) -> str:
     return f"{bandwidth / GB:,.0f}" if bandwidth >= 100 * GB else f"{bandwidth / GB:.3g}"
 
 
-def describe(params: Params, points: tuple[Point, ...], *, on_gpu: bool) -> str:
+def describe_points(params: Params, points: tuple[Point, ...], *, on_gpu: bool) -> str:
     """How near the fastest comes to a copy at the longest length, what splitting did, and what grouping saves."""
     if not points:
         return ""

@@ -522,7 +522,7 @@ class TestDecode:
     def test_more_than_a_copy_has_a_reason_of_the_device(self, on_gpu, said):
         def words(share):
             point = flash_decode.Point("flex", "Flex", 1024, 1.0, 0.9, 1.1, 5, 2**20, 1e9, share)
-            return flash_decode.describe(flash_decode.Params(), (point,), on_gpu=on_gpu)
+            return flash_decode.describe_points(flash_decode.Params(), (point,), on_gpu=on_gpu)
 
         assert said in words(1.03)
         assert said not in words(0.9)
