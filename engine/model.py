@@ -197,7 +197,7 @@ class Decoder(nn.Module):
     """Embedding, L blocks, a last norm and the head: the logits of the token that follows each position.
 
     A fresh model's matrices are normal with σ = √(2 / 5D), those that write into the residual stream divided by √(2L),
-    so that its first loss is close to ln V.
+    so that its first loss is close to ln V. Experts' stacked matrices are drawn alike; routers draw their own weights.
 
     Args:
         config: its shape.
@@ -227,10 +227,12 @@ class Decoder(nn.Module):
         """Draw the weights anew, as the class describes."""
         std = (2 / (5 * self.config.d_model)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
+            if name.endswith("router.weight"):
+                self.get_submodule(name.removesuffix(".weight")).reset_parameters()
+            elif parameter.dim() < 2:
                 parameter.fill_(1.0)  # the norms' gains
             else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 parameter.normal_(0.0, std / (2 * self.config.num_layers) ** 0.5 if writes else std)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:

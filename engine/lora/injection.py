@@ -29,6 +29,9 @@ from engine.lora.linear import LoRALinear, Start
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every matrix of a Llama's block."""
 
+Targets = str | Sequence[str] | Callable[[str], bool]
+"""Patterns of names in the shell's manner, or what says of a name whether it is meant."""
+
 _LISTED = 12
 _LONGEST = 120
 _COMPILED = "_orig_mod."
@@ -38,7 +41,7 @@ def inject_lora(
     model: nn.Module,
     rank: int = 8,
     alpha: float | None = None,
-    targets: str | Sequence[str] | Callable[[str], bool] = PROJECTIONS,
+    targets: Targets = PROJECTIONS,
     dropout: float = 0.0,
     *,
     scaling_rule: ScalingRule = standard_scaling,
@@ -73,8 +76,7 @@ def inject_lora(
         InputError: nothing matches (the message lists what there is), something that matches cannot be adapted or is
             already, or a value is out of range (it names the layer).
     """
-    patterns = (targets,) if isinstance(targets, str) else () if callable(targets) else tuple(targets)
-    chosen = _select(model, targets if callable(targets) else partial(_matches, patterns), patterns)
+    chosen = select_linear_layers(model, targets)
     for name, linear in chosen.items():
         check_rank(rank, linear.in_features, linear.out_features, name)
     made: dict[int, LoRALinear] = {}
@@ -233,8 +235,18 @@ def _matches(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, form) for pattern in patterns for form in (pattern, f"*.{pattern}"))
 
 
-def _select(model: nn.Module, meant: Callable[[str], bool], patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose names are meant; the patterns are for the message."""
+def select_linear_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
+    """The linear layers of `model` whose names are meant and that can be adapted.
+
+    Args:
+        model: not adapted there yet.
+        targets: as `inject_lora`'s.
+
+    Raises:
+        InputError: nothing matches, or something that matches cannot be adapted or is already.
+    """
+    patterns = (targets,) if isinstance(targets, str) else () if callable(targets) else tuple(targets)
+    meant = targets if callable(targets) else partial(_matches, patterns)
     adapters = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LoRALinear)}
     bypassed = _bypassed(model)
     chosen, linear_names, unsupported = {}, [], []
