@@ -35,6 +35,7 @@ _PARTIAL = "What you see is what it had until then."
 _RUNNING = ("queued", "running")
 _LONG_WAIT = " Trainings, sweeps and benchmarks have the device one at a time."
 _LEFT = "seconds_left"  # what a job says of a part of it; the time that is shown is the whole job's
+_DONE = "share_of_time"  # what a job says where some steps take much longer than others
 _SHARES = ("accuracy", "score", "share")
 _restart_lock = Lock()
 
@@ -382,11 +383,11 @@ def _status(ticket: Ticket, params: ExperimentParams, brief: bool = False) -> tu
         return 0.0, f"Running for {ticket.seconds:.0f} s…"
     parts = [f"Step {progress.step} of {progress.total}"]
     if not brief:
-        parts += [_number(name, value) for name, value in progress.numbers.items() if name != _LEFT]
-    if progress.step:
-        left = ticket.seconds * (progress.total - progress.step) / progress.step
-        parts.append(f"about {left:.0f} s left")
-    return min(1.0, progress.step / progress.total), " · ".join(parts)
+        parts += [_number(name, value) for name, value in progress.numbers.items() if name not in (_LEFT, _DONE)]
+    done = min(1.0, progress.numbers.get(_DONE, progress.step / progress.total))
+    if done:
+        parts.append(f"about {ticket.seconds * (1 - done) / done:.0f} s left")
+    return done, " · ".join(parts)
 
 
 def _number(name: str, value: float) -> str:

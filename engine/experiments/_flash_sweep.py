@@ -5,6 +5,7 @@ Legend: B batch, H heads, T tokens, d head width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -32,6 +33,15 @@ _WORKSPACE = {"cpu": 64 * 2**20, "cuda": 320 * 2**20}
 _CUDA_CALLS = 26
 """Of a point whose calls are slow: one compiles, one is weighed, and each of up to three benches makes one to begin
 with, five to estimate the time, one to warm up and one that counts."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a point took altogether, and each of the runs in it, in seconds, at this length."""
+
+    length: int
+    point: float
+    run: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,9 @@ class Sweep:
             reasons = " ".join(f"{label}: {reason}" for label, reason in self.absent.items())
             raise InputError(f"None of the chosen backends can compute this here, so choose others as well. {reasons}")
         self.total = len(self._backends) * len(params.lengths)
+        self._started = time.perf_counter()
+        self._length = params.lengths[0]
+        self._last: dict[str, Timing] = {}  # by backend, of those that go on
 
     def correct(self) -> set[str]:
         """Backends, by name, that err at most twice as much as standard attention; asked at the shortest length.
@@ -106,24 +119,54 @@ class Sweep:
     def __iter__(self) -> Iterator[Measured | Stop]:
         """Points and stops as they come; ends early if the job is to stop."""
         going = list(self._backends)
-        speed: dict[str, float] = {}  # FLOP/s at the length before
         lengths = self._params.lengths
         for index, length in enumerate(lengths):
+            self._length = length
             for backend in list(going):
                 if self._job.cancelled:
                     return
-                found = self._point(backend, length, speed.get(backend.name))
+                start = time.perf_counter()
+                found = self._point(backend, length)
                 if isinstance(found, Measured):
-                    speed[backend.name] = _flash_cost.flops(self._params, length) / found.evidence.median_ms * 1e3
+                    point, run = time.perf_counter() - start, found.evidence.median_ms / 1e3
+                    self._last[backend.name] = Timing(length, point, run)
                 elif found.kind != "cannot":
                     going.remove(backend)
+                    self._last.pop(backend.name, None)
                     self.total -= len(lengths) - index - 1
                 yield found
 
-    def _point(self, backend: Backend, length: int, speed: float | None) -> Measured | Stop:
+    def share_of_time(self) -> dict[str, float]:
+        """For a progress report, once it can be told: lengths double, and the last of them take most of the time.
+
+        A point to come takes what its backend's last one took, and its runs longer by as much as there is more to do. A
+        GPU is timed for as long at every length, so that there all points take alike.
+        """
+        if self._job.device.startswith("cuda") or self._length == self._params.lengths[0]:
+            return {}
+        elapsed = time.perf_counter() - self._started
+        to_come = sum(
+            self._seconds(last, length)
+            for last in self._last.values()
+            for length in self._params.lengths
+            if length > last.length
+        )
+        return {"share_of_time": elapsed / (elapsed + to_come)}
+
+    def _seconds(self, last: Timing, length: int) -> float:
+        grown = _flash_cost.flops(self._params, length) / _flash_cost.flops(self._params, last.length)
+        more = self._calls * last.run * (grown - 1)
+        return last.point + more if self._calls * last.run * grown <= POINT_SECONDS else 0.0
+
+    @property
+    def _calls(self) -> int:
+        """Runs of a point whose calls are slow; on a processor one is weighed, two warm up, one may be a forward."""
+        return _CUDA_CALLS if self._job.device.startswith("cuda") else self._params.runs + 4
+
+    def _point(self, backend: Backend, length: int) -> Measured | Stop:
         if (reason := self._why_not(backend, length)) is not None:
             return Stop(backend.name, backend.label, length, "cannot", reason)
-        if (stop := self._too_much(backend, length) or self._too_long(backend, length, speed)) is not None:
+        if (stop := self._too_much(backend, length) or self._too_long(backend, length)) is not None:
             return stop
         return attempt(lambda: self._measure(backend, length), backend.name, backend.label, length, self._job.device)
 
@@ -195,17 +238,16 @@ class Sweep:
         )
         return Stop(backend.name, backend.label, length, "memory", reason, needed, free)
 
-    def _too_long(self, backend: Backend, length: int, speed: float | None) -> Stop | None:
-        least = _flash_cost.least_ms(self._params, _flash_cost.model_of(backend.name), length, self._peaks) / 1e3
-        seconds = max(least, _flash_cost.flops(self._params, length) / speed if speed else 0.0)
-        on_gpu = self._job.device.startswith("cuda")
-        calls = (
-            _CUDA_CALLS if on_gpu else self._params.runs + 4
-        )  # one weighed, two to warm up, a forward for a backward
-        if calls * seconds <= POINT_SECONDS:
+    def _too_long(self, backend: Backend, length: int) -> Stop | None:
+        seconds = _flash_cost.least_ms(self._params, _flash_cost.model_of(backend.name), length, self._peaks) / 1e3
+        if (last := self._last.get(backend.name)) is not None:
+            grown = _flash_cost.flops(self._params, length) / _flash_cost.flops(self._params, last.length)
+            seconds = max(seconds, last.run * grown)
+        if self._calls * seconds <= POINT_SECONDS:
             return None
         reason = (
-            f"{length:,} tokens would take about {seconds:.0f} s a run, too long for {calls} calls: it was not tried."
+            f"{length:,} tokens would take about {seconds:.0f} s a run, too long for {self._calls} calls: it was not "
+            "tried."
         )
         return Stop(backend.name, backend.label, length, "time", reason)
 

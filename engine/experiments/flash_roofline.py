@@ -157,7 +157,7 @@ def run(params: Params, job: Job) -> Result:
             points.append(_point(params, backend.name, backend.label, found.length, times, peaks))
         else:
             stops.append(found)
-        job.report(len(points) + len(stops), sweep.total, tokens=found.length)
+        job.report(len(points) + len(stops), sweep.total, tokens=found.length, **sweep.share_of_time())
         job.show(lambda: result("running", f"{len(points) + len(stops)} of {sweep.total} points so far."))
     if (done := len(points) + len(stops)) < sweep.total:
         ended, words = stopped(params, job)

@@ -144,7 +144,7 @@ def run(params: Params, job: Job) -> Result:
             stops.append(found)
             numbers = {"tokens": found.length}
         done = len(points) + len(stops)
-        job.report(done, sweep.total, **numbers)
+        job.report(done, sweep.total, **numbers, **sweep.share_of_time())
         job.show(lambda: result("running", f"{len(points) + len(stops)} of {sweep.total} points so far."))
     if (done := len(points) + len(stops)) < sweep.total:
         ended, words = stopped(params, job)

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,8 +247,31 @@ class TestSweeps:
         params = flash_speed.Params(**SMALL)
         sweep = _flash_sweep.Sweep(params, LocalJob("cpu"), _flash.Peaks(1e15, 1e15, ()), weigh=True)
         sweep._job = LocalJob(device)
-        stop = sweep._too_long(BACKENDS["standard"], 256, _flash_cost.flops(params, 256) / seconds)
+        sweep._last["standard"] = _flash_sweep.Timing(256, 1.0, seconds)
+        stop = sweep._too_long(BACKENDS["standard"], 256)
         assert (stop is None) is begun
+
+    @pytest.mark.parametrize("overhead", [0.0, 0.3])
+    def test_the_share_of_time_is_true_where_time_grows_as_the_work_does(self, overhead, monkeypatch):
+        params = flash_speed.Params(**SMALL | {"max_length": 2048})
+        clock, seen = [0.0], []
+        monkeypatch.setattr(_flash_sweep.time, "perf_counter", lambda: clock[0])
+
+        def measured(sweep, backend, length):
+            slowness = 1 + CPU.index(backend.name)
+            run = slowness * _flash_cost.flops(params, length) / 1e9
+            clock[0] += overhead + (params.runs + 4) * run
+            return _flash_sweep.Measured(backend, length, SimpleNamespace(median_ms=1e3 * run), 0)
+
+        monkeypatch.setattr(_flash_sweep.Sweep, "_measure", measured)
+        sweep = _flash_sweep.Sweep(params, LocalJob(), _flash.Peaks(1e15, 1e15, ()), weigh=False)
+        for found in sweep:
+            told = sweep.share_of_time().get("share_of_time")
+            assert (told is None) == (found.length == 128)
+            seen.append((clock[0], told))
+        for elapsed, told in seen:
+            assert told is None or told == pytest.approx(elapsed / clock[0])
+        assert seen[-1][1] == 1.0
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_inputs_are_drawn_in_their_own_format(self, dtype, monkeypatch):

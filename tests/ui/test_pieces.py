@@ -223,6 +223,14 @@ def test_a_job_has_one_time_that_is_left():
     assert share == 52 / 1200
 
 
+def test_a_job_whose_last_steps_take_longest_can_say_so():
+    sweep = ticket()
+    sweep.progress = Progress(15, 30, {"tokens": 4096, "share_of_time": 0.1})
+    share, words = run._status(sweep, Params())
+    assert words == "Step 15 of 30 · tokens 4,096 · about 117 s left"
+    assert share == 0.1
+
+
 @pytest.mark.parametrize("lane", ["short", "long"])
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_what_waits_in_the_long_lane_says_for_what(monkeypatch, lane, place):
