@@ -17,10 +17,13 @@ from engine.flash import choice
 from engine.flash.backends import BACKENDS, Backend, Case, standard_attention
 
 LARGEST_SCORE = 2.0**7
-"""Scores up to here come out of float16 with an error below 1/8, in weights of at most an eighth."""
+"""Rounding queries and keys to float16, or to TF32, moves scores up to here by 1/8 at most, weights by a seventh."""
 
 HALF_RANGE = (2.0**-14, 2.0**15)
 """Where float16 has all its digits, with room for sums: what the largest number of every row must lie in."""
+
+LEAST_GRADIENT = 2.0**-12
+"""Of a head's largest gradient in float16: there most of the others have TF32's digits too."""
 
 
 class StandardAttention(nn.Module):
@@ -61,9 +64,9 @@ class FlashAttention(nn.Module):
     gradients; the result is float32 again. That has TF32's 11 significant bits, but not its range: errors are relative
     to the largest numbers of a row that goes in and of a head that comes out, and what is ten thousand times smaller
     than these has fewer digits than TF32 would leave it. Input that this would spoil is computed in float32: scores
-    beyond ±128, rows of Q, K, V or the upstream gradient beyond float16's range, gradients that overflow. Whether input
-    is of that kind is read from the device at each call, which `torch.compile` and CUDA graphs do not allow: under
-    these float32 stays float32.
+    beyond ±128, rows of Q, K, V or the upstream gradient beyond float16's range, gradients that overflow or vanish.
+    Whether input is of that kind is read from the device at each call, which `torch.compile` and CUDA graphs do not
+    allow: under these float32 stays float32.
 
     The first calls of a kind (device, dtype, d, lengths, heads, mask, gradients) go to a kernel that takes no time to
     start. Then the backends are measured once, on the tensors of that call, which can take a minute, and the fastest
@@ -79,6 +82,8 @@ class FlashAttention(nn.Module):
         causal: the last query sees the last key, and each one before it a key less.
         precision: "fast" as above; "exact" keeps float32 on CUDA, and saturates what overflows in any dtype.
         backend: a name in `engine.flash.backends.BACKENDS`, to be used and no other; chosen by measuring if left out.
+            Under `torch.compile`, where nothing is asked, one of PyTorch's may hand a causal mask over other numbers of
+            keys than of queries to another of PyTorch's.
         calls_before_measuring: how many calls of a kind come before its backends are measured.
 
     Raises:
@@ -237,10 +242,11 @@ def _least_row(x: Tensor) -> Tensor:
 class InHalfPrecision(torch.autograd.Function):
     """A float32 function computed in float16, forward and backward.
 
-    Gradients of a mean are smaller than float16's smallest number, so the largest of the upstream gradient is brought
-    between 1 and 2 by a power of two, for each key head, which the results are divided by. Gradients that overflow, or
-    whose upstream has rows that float16 cannot hold beside the largest, or that the function fails at, are computed
-    anew in float32.
+    The function is linear in V, and its gradients are in the upstream gradient. So for each key head the largest number
+    of V, if it is smaller, and of the upstream gradient, which of a mean is below float16's smallest, are brought
+    between 1 and 2 by powers of two, which the results are divided by. Gradients that overflow or vanish, or whose
+    upstream has rows that float16 cannot hold beside the largest, or that the function fails at, are computed anew in
+    float32.
     """
 
     @staticmethod
@@ -258,13 +264,15 @@ class InHalfPrecision(torch.autograd.Function):
         `failed` is told an error of the backward pass, and of which queries and keys.
         """
         needed = ctx.needs_input_grad[:3]
-        leaves = [x.detach().half().requires_grad_(wanted) for x, wanted in zip((Q, K, V), needed, strict=True)]
+        enlarged = _to_one(V[:, :, None]).clamp(min=1.0)  # (B, G, 1, 1, 1)
+        given = (Q, K, V * enlarged[:, :, 0])
+        leaves = [x.detach().half().requires_grad_(wanted) for x, wanted in zip(given, needed, strict=True)]
         with torch.set_grad_enabled(any(needed)):
             output = function(*leaves)
         if any(needed):
             ctx.save_for_backward(Q, K, V)
-            ctx.leaves, ctx.output, ctx.exact, ctx.failed = leaves, output, exact, failed
-        return output.detach().float()
+            ctx.leaves, ctx.output, ctx.exact, ctx.failed, ctx.enlarged = leaves, output, exact, failed, enlarged
+        return (_by_group(output.detach().float(), K) / enlarged).flatten(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -272,7 +280,7 @@ class InHalfPrecision(torch.autograd.Function):
         """The gradients of Q, K and V that are asked for."""
         needed = ctx.needs_input_grad[:3]
         try:
-            found = _gradients_in_half(ctx.leaves, ctx.output, upstream)
+            found = _gradients_in_half(ctx.leaves, ctx.output, upstream, ctx.enlarged)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -287,18 +295,42 @@ class InHalfPrecision(torch.autograd.Function):
         return *(next(gradients) if each else None for each in needed), None, None, None
 
 
-def _gradients_in_half(leaves: list[Tensor], output: Tensor, upstream: Tensor) -> list[Tensor] | None:
-    """float32 gradients of those leaves that want them, or None where float16 spoils them."""
-    groups = leaves[1].shape[1]
-    by_group = upstream.unflatten(1, (groups, -1))  # (B, G, H/G, Tq, d)
-    size = torch.linalg.vector_norm(by_group, math.inf, dim=(2, 3, 4), keepdim=True)
-    factor = torch.exp2(-torch.floor(torch.log2(size.clamp(min=torch.finfo(torch.float32).tiny))))
-    scaled = (by_group * factor).flatten(1, 2)
+def _gradients_in_half(leaves: list[Tensor], output: Tensor, upstream: Tensor, enlarged: Tensor) -> list[Tensor] | None:
+    """float32 gradients of those leaves that want them, or None where float16 spoils them.
+
+    `enlarged` is what the last of the leaves, V, was multiplied with, (B, G, 1, 1, 1).
+    """
+    _, k, v = leaves
+    upstream = _by_group(upstream, k)
+    factor = _to_one(upstream)  # (B, G, 1, 1, 1)
+    scaled = (upstream * factor).flatten(1, 2)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     halves = torch.autograd.grad(output, wanted, scaled.half(), retain_graph=True)
-    found = [(half.float().unflatten(1, (groups, -1)) / factor).flatten(1, 2) for half in halves]
-    good = [_least_row(scaled) >= HALF_RANGE[0], *(gradient.isfinite().all() for gradient in found)]
+    empty = _largest(upstream) * _largest(v[:, :, None]) == 0  # heads whose gradients are 0
+    found, good = [], [_least_row(scaled) >= HALF_RANGE[0]]
+    for leaf, half in zip(wanted, halves, strict=True):
+        gradient = _by_group(half.float(), k)
+        good.append(gradient.isfinite().all())
+        if leaf is not v:
+            good.append((empty | (_largest(gradient) >= LEAST_GRADIENT)).all())
+            gradient = gradient / enlarged
+        found.append((gradient / factor).flatten(1, 2))
     return found if torch.stack(good).all() else None
+
+
+def _by_group(x: Tensor, K: Tensor) -> Tensor:
+    """(B, heads, T, d) → (B, G, heads / G, T, d), with the G of K."""
+    return x.unflatten(1, (K.shape[1], -1))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest number of each key head of x (B, G, heads / G, T, d): (B, G, 1, 1, 1)."""
+    return torch.linalg.vector_norm(x, math.inf, dim=(2, 3, 4), keepdim=True)
+
+
+def _to_one(x: Tensor) -> Tensor:
+    """The powers of two that bring `_largest` between 1 and 2, or as far as float32 goes."""
+    return torch.exp2(-torch.floor(torch.log2(_largest(x).clamp(min=torch.finfo(torch.float32).tiny))))
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

@@ -280,23 +280,31 @@ def _measured(Q: Tensor, K: Tensor, V: Tensor, causal: bool, scale: float | None
             evidence[name] = timed[name]()
         except Exception as error:
             refused[name] = _failure(error)
+    if evidence:
+        _rematch(evidence, timed, refused)
     if not evidence:
         raise InputError("No backend computes this. " + _listed(refused))
-    evidence |= _rematch(evidence, timed)
     best = min(evidence, key=lambda name: evidence[name].median_ms)
     return Choice(BACKENDS[best], evidence, errors, baseline, refused)
 
 
-def _rematch(evidence: dict[str, Evidence], timed: dict[str, Callable[[], Evidence]]) -> dict[str, Evidence]:
-    """Those close to the fastest timed again, in turn: a device that has grown hot is slower for whoever comes last."""
+def _rematch(evidence: dict[str, Evidence], timed: dict[str, Callable[[], Evidence]], refused: dict[str, str]) -> None:
+    """Time those close to the fastest again, in turn: a device that has grown hot is slower for whoever comes last."""
     least = min(each.median_ms for each in evidence.values())
     rivals = [name for name, each in evidence.items() if each.median_ms <= CLOSE * least]
     if len(rivals) == 1:
-        return {}
-    rounds = [{name: timed[name]() for name in rivals} for _ in range(REMATCHES)]
-    return {
-        name: sorted((each[name] for each in rounds), key=lambda one: one.median_ms)[REMATCHES // 2] for name in rivals
-    }
+        return
+    rounds: dict[str, list[Evidence]] = {name: [] for name in rivals}
+    for name in rivals * REMATCHES:
+        try:
+            rounds[name].append(timed[name]())
+        except Exception as error:
+            refused[name] = _failure(error)
+    for name, times in rounds.items():
+        if name in refused:
+            del evidence[name]
+        else:
+            evidence[name] = sorted(times, key=lambda one: one.median_ms)[REMATCHES // 2]
 
 
 def _results(

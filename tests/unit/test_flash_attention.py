@@ -129,6 +129,8 @@ def test_half_precision_serves_what_it_does_not_spoil():
     assert not fits(Q, torch.full_like(K, math.nan), V)
     assert not fits(3e38 * Q, 3e-38 * K, V)
     assert not fits(Q, K[..., :0, :], V[..., :0, :])
+    for size, holds in ((3.9, True), (4.1, False)):  # every score is 64 · size² / 8, up to 128
+        assert fits(torch.full((1, 1, 5, 64), size), torch.full((1, 1, 5, 64), size), torch.ones(1, 1, 5, 64)) == holds
 
 
 def in_half(function, Q, K, V):
@@ -220,6 +222,49 @@ def test_gradients_through_half_precision_have_its_digits_whatever_their_size(up
         assert mine.dtype == torch.float32
         error = (mine - theirs).double().square().mean().sqrt() / theirs.double().square().mean().sqrt()
         assert 1e-5 < error < 2e-3  # neither exact, nor worse than 11 bits
+
+
+@pytest.mark.parametrize("layer", ["standard", "torch-flash"])
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [((1e-3, 1e-3, 1e-3), 512), ((2e-4, 2e-4, 2e-4), 1024), ((1, 1, 2e-4), 1024), ((1, 1, 1e-3), 1024),
+     ((0.02, 0.02, 0.02), 1024), ((1, 1, 1e4), 256), ((1, 1e-3, 1), 256)],
+)  # fmt: skip
+def test_gradients_through_half_precision_have_its_digits_whatever_the_size_of_what_goes_in(sizes, length, layer):
+    for seed in range(2):
+        tensors = drawn((1, 2, 1, length, length, 64), seed)
+        tensors = [size * x for size, x in zip(sizes, tensors, strict=True)]
+        tensors[2][:, :, ::3] *= 1e-2  # rows of V that scaling must not lose
+        upstream = drawn((1, 2, 2, length, length, 64), 8)[0]
+        kernel = partial(BACKENDS[layer].run, causal=True)
+        output, found = gradients(
+            lambda *x, kernel=kernel: InHalfPrecision.apply(*x, kernel, standard_attention_causal, pytest.fail),
+            tensors,
+            upstream,
+        )
+        exact, wanted = gradients(standard_attention_causal, tensors, upstream)
+        for mine, theirs in ((output, exact), *zip(found, wanted, strict=True)):
+            error = (mine - theirs).double().square().mean().sqrt() / theirs.double().square().mean().sqrt()
+            assert error < 2e-3, (seed, error)
+
+
+standard_attention_causal = partial(standard_attention, causal=True)
+
+
+@pytest.mark.parametrize("empty", ["upstream", "values"])
+def test_heads_without_gradients_do_not_send_the_others_to_float32(empty):
+    Q, K, V = drawn((2, 2, 2, 30, 30, 16), 3)
+    upstream = drawn((2, 2, 2, 30, 30, 16), 4)[0]
+    (upstream if empty == "upstream" else V)[1] = 0
+    found = gradients(
+        lambda *x: InHalfPrecision.apply(*x, standard_attention, not_again, pytest.fail), (Q, K, V), upstream
+    )
+    for mine, theirs in zip(found[1], gradients(standard_attention, (Q, K, V), upstream)[1], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+
+
+def not_again(*_):
+    pytest.fail("computed anew in float32")
 
 
 def test_gradients_that_overflow_half_precision_are_computed_anew():

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,41 @@ def test_twice_the_baseline_is_the_limit_and_a_rounding_is_allowed():
     assert not Errors(2e-3 + 7e-8, 4e-3, 6e-3, 8e-3).within(baseline, torch.float32)
     assert Errors(5e-8, 5e-8).within(Errors(0.0, 0.0), torch.float32)
     assert not Errors(float("inf"), 0.0).within(Errors(1.0, 1.0), torch.float32)
+
+
+def timed_as(times):
+    """For `measure_time`: the medians in `times`, by backend in turn, again and again for the last one."""
+    calls = {name: iter(each) for name, each in times.items()}
+
+    def measure(run, *_, **__):
+        found = next(calls[run.args[0].name])
+        if isinstance(found, Exception):
+            raise found
+        return SimpleNamespace(median_ms=found)
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ({"standard": [9], "torch-math": [1.0, 3, 3, 1], "torch-flash": [1.1, 2, 2, 9]}, "torch-flash"),
+        ({"standard": [9], "torch-math": [1.1, 1, 1, 5], "torch-flash": [1.0, 2, 1.5, 2]}, "torch-math"),
+        ({"standard": [9], "torch-math": [1.0], "torch-flash": [1.3]}, "torch-math"),
+        (
+            {"standard": [9], "torch-math": [1.0, 1, RuntimeError("gone"), 1], "torch-flash": [1.1, 2, 2, 2]},
+            "torch-flash",
+        ),
+    ],
+    ids=["the median of the rematch counts", "one slow round does not", "none alone", "who fails in it is left out"],
+)
+def test_those_that_are_close_are_timed_again_in_turn(times, chosen, monkeypatch):
+    monkeypatch.setattr(choice, "measure_time", timed_as(times))
+    Q, K, V = (torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    found = choice.fastest(Q, K, V)
+    assert found.backend.name == chosen
+    assert ("torch-math" in found.refused) == any(isinstance(each, Exception) for each in times["torch-math"])
+    assert "torch-math" in found.evidence or found.refused["torch-math"] == "It failed: gone."
 
 
 def test_the_global_random_numbers_are_left_alone():
