@@ -127,4 +127,32 @@ FLASH = Lab(
     ),
 )
 
-LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY, FLASH)
+ROUTER = Lab(
+    url_path="router",
+    title="Experts",
+    question="Who gets the token?",
+    icon=":material/alt_route:",
+    script="app_pages/router.py",
+    starts=(
+        Start("Follow one token to its experts"),
+        Start("Colour a text by expert", {"view": "A text"}),
+        Start("Watch a router collapse, then cure it", {"view": "Collapse"}),
+        Start("Fill the experts until tokens are dropped", {"view": "A text", "capacity_factor": "0.8"}),
+    ),
+)
+
+MOE_LORA = Lab(
+    url_path="moe_lora",
+    title="MoE-LoRA",
+    question="Can one model wear four adapters and pick by itself?",
+    icon=":material/checkroom:",
+    script="app_pages/moe_lora.py",
+    starts=(
+        Start("Teach four tasks at once"),
+        Start("Guess who wins, then see", {"tab": "Predict"}),
+        Start("Watch two inputs part", {"view": "Two inputs"}),
+        Start("The same two without the bias", {"view": "Two inputs", "split_bias_rate": "0"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY, FLASH, ROUTER, MOE_LORA)

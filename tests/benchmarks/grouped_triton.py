@@ -11,7 +11,6 @@ counts would need, and those that are left over end at once.
 Legend: N tokens, A assignments (rows), E experts, I inputs, O outputs.
 """
 
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,0 +1,1 @@
+"""What the experiments run that build on torch's classes: only workers import these modules, inside `run`."""

@@ -1,0 +1,1 @@
+"""The MoE-LoRA lab: what its page shows."""
