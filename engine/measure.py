@@ -9,13 +9,14 @@ shows in the spread.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import platform
 import statistics
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,13 +232,23 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what every measurement depends on."""
+    """Versions of what every measurement depends on; for CUDA, of the installed packages that bring kernels as well."""
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        found["cuda"] = str(torch.version.cuda)
+        found |= _kernel_packages()
+    return found
+
+
+@functools.cache
+def _kernel_packages() -> dict[str, str]:
+    found = {}
+    for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = str(importlib.metadata.version(name))
     return found
 
 

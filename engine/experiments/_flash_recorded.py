@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from engine.experiments import flash_decode, flash_roofline, flash_speed
-from engine.experiments._flash import Peaks, Stop, SweepParams
-from engine.experiments._flash_cost import predict
+from engine.experiments._flash import Peaks, Stop, SweepParams, why_above_peak
+from engine.experiments._flash_cost import held_bytes, least_ms, model_of, predict
 
 P, R = TypeVar("P"), TypeVar("R")
 
@@ -49,8 +49,11 @@ def recorded_speed(params: SweepParams) -> Recorded[flash_speed.Params, flash_sp
         return None
     given, plain = flash_speed.Params(**run["params"]), dict(run["result"])
     peaks = _peaks(plain)
-    points = tuple(flash_speed.Point(**point) for point in plain["points"])
-    plain |= _shared(plain) | {"points": points, "predicted": predict(given, peaks), "peaks": peaks}
+    points = tuple(flash_speed.Point(**point, **_predicted(given, point, peaks)) for point in plain["points"])
+    predicted = predict(given, peaks, on_gpu=True)
+    plain |= _shared(plain) | {"points": points, "predicted": predicted, "peaks": peaks}
+    why_above = why_above_peak(given.dtype, on_gpu=True)
+    plain["sentence"] = flash_speed.describe_points(points, plain["stops"], why_above)
     return Recorded(given, flash_speed.Result(**plain), run["recorded"])
 
 
@@ -82,10 +85,11 @@ def recorded_precisions() -> tuple[dict[str, float], str] | None:
     if not _BENCHMARK.exists():
         return None
     log = json.loads(_BENCHMARK.read_text(encoding="utf-8"))
+    run = next(run for run in log["runs"] if "precisions" in run)
     where = (
-        f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {log['recorded']}, torch {log['versions']['torch']}"
+        f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {run['recorded']}, torch {log['versions']['torch']}"
     )
-    return log["runs"][0]["precisions"], where
+    return run["precisions"], where
 
 
 def _runs(experiment: str) -> Iterator[dict[str, Any]]:
@@ -95,6 +99,15 @@ def _runs(experiment: str) -> Iterator[dict[str, Any]]:
 @lru_cache(maxsize=1)
 def _sweeps() -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(_SWEEPS.read_text(encoding="utf-8"))["runs"]) if _SWEEPS.exists() else ()
+
+
+def _predicted(params: flash_speed.Params, point: dict[str, Any], peaks: Peaks) -> dict[str, float]:
+    """What is said of a point beforehand, as it is said now."""
+    backend, length = point["backend"], point["length"]
+    return {
+        "predicted_bytes": held_bytes(params, backend, length, on_gpu=True),
+        "predicted_ms": least_ms(params, model_of(backend), length, peaks),
+    }
 
 
 def _peaks(plain: dict[str, Any]) -> Peaks:

@@ -142,7 +142,7 @@ class Sweep:
         A point to come takes what its backend's last one took, and its runs longer by as much as there is more to do. A
         GPU is timed for as long at every length, so that there all points take alike.
         """
-        if self._job.device.startswith("cuda") or self._length == self._params.lengths[0]:
+        if self._on_gpu or self._length == self._params.lengths[0]:
             return {}
         elapsed = time.perf_counter() - self._started
         to_come = sum(
@@ -161,7 +161,11 @@ class Sweep:
     @property
     def _calls(self) -> int:
         """Runs of a point whose calls are slow; on a processor one is weighed, two warm up, one may be a forward."""
-        return _CUDA_CALLS if self._job.device.startswith("cuda") else self._params.runs + 4
+        return _CUDA_CALLS if self._on_gpu else self._params.runs + 4
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._job.device.startswith("cuda")
 
     def _point(self, backend: Backend, length: int) -> Measured | Stop:
         if (reason := self._why_not(backend, length)) is not None:
@@ -186,7 +190,7 @@ class Sweep:
             return torch.autograd.grad(forward(), inputs, upstream)
 
         whole = both if params.grad else forward
-        if device.startswith("cuda"):
+        if self._on_gpu:
             whole()  # compiles and plans; what the libraries keep from that is not the pass's peak
         peak = measure.peak_memory(whole, device) if self._weigh else 0
         timed: Callable[[], object] = whole
@@ -226,7 +230,7 @@ class Sweep:
     def _too_much(self, backend: Backend, length: int) -> Stop | None:
         from engine import memory
 
-        held = _flash_cost.held_bytes(self._params, backend.name, length)
+        held = _flash_cost.held_bytes(self._params, backend.name, length, on_gpu=self._on_gpu)
         needed = _flash_cost.input_bytes(self._params, length) + round(_MARGIN * held)
         needed += _WORKSPACE[self._job.device.split(":")[0]]
         free = memory.free(self._job.device)
@@ -263,17 +267,17 @@ def attempt(function: Callable[[], Measured], name: str, label: str, length: int
     try:
         return function()
     except torch.cuda.OutOfMemoryError:
-        reason, kind = f"Out of memory at {length:,} tokens: it took more than was predicted.", "memory"
+        reason = f"Out of memory at {length:,} tokens: it took more than was predicted."
     except Exception as error:
         said = str(error).strip().split("\n")[0].rstrip(".") or "it said no more"
-        reason, kind = f"It failed at {length:,} tokens with {type(error).__name__}: {said}.", "failed"
+        reason = f"It failed at {length:,} tokens with {type(error).__name__}: {said}."
     if device.startswith("cuda"):  # here, where the exception no longer holds its tensors
         try:
             torch.cuda.synchronize(device)
         except RuntimeError as error:
             raise RuntimeError(f"{label} spoiled the GPU for this process at {length:,} tokens") from error
         torch.cuda.empty_cache()
-    return Stop(name, label, length, kind, reason)
+    return Stop(name, label, length, "failed", reason)
 
 
 def measure_peaks(device: str, dtype: str) -> Peaks:

@@ -72,7 +72,8 @@ class Errors:
             holds all that is below it, exact ones too, the last all above.
         rms, maximum: of the error, relative to the rms of the output.
         ratio: `rms` / the rms error of standard attention in the same format; None before that is known or if it is 0.
-        within_bound: whether that is at most 2.
+        within_bound: whether that is at most 2: one part of `engine.flash.choice.Errors.within`, without the rounding
+            that is allowed there.
     """
 
     backend: str

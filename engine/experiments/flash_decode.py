@@ -1,4 +1,4 @@
-"""One new query against a long cache: almost no arithmetic, all memory; and the cache split so that all cores read.
+"""One new query against a long cache: so little arithmetic that memory sets the pace, if the cache is read in parts.
 
 Legend: B batch, H heads, G key/value heads, T tokens in the cache, d head width, S splits.
 """
@@ -174,8 +174,6 @@ class Result:
         stops, absent: as `flash_speed.Result`'s.
         total: points that there are to be, stops included.
         peaks: of the device.
-        intensity: FLOP for each byte of the cache: 2·H / (G · bytes of a number).
-        ungrouped_bytes: what the longest cache would weigh if every head had keys and values of its own.
         on_gpu: whether it ran on one.
         evidence: how it was measured, a line each.
         ended, ending: whether all points are there, and why not.
@@ -190,8 +188,6 @@ class Result:
     absent: dict[str, str]
     total: int
     peaks: Peaks
-    intensity: float
-    ungrouped_bytes: int
     on_gpu: bool
     evidence: tuple[str, ...]
     ended: Ending
@@ -231,8 +227,6 @@ def run(params: Params, job: Job) -> Result:
             absent=absent,
             total=total,
             peaks=peaks,
-            intensity=2 * params.heads / (params.kv_heads * ELEMENT_BYTES[params.dtype]),
-            ungrouped_bytes=params.cache_bytes(params.max_length) * params.heads // params.kv_heads,
             on_gpu=on_gpu,
             evidence=(*((f"last point: {last}",) if last else ()), *peaks.evidence),
             ended=ended,
@@ -382,10 +376,14 @@ def describe_points(params: Params, points: tuple[Point, ...], *, on_gpu: bool) 
         f"“{best.label}”{among} with {best.median_ms:.3g} ms: {_in_gb(best.bandwidth)} GB/s, "
         f"{best.bandwidth_share:.0%} of what a large copy reaches here"
         + (f", {_why_above_copy(on_gpu)}." if best.bandwidth_share > 1 else ".")
-        + (" What is missing is not memory's: starting kernels and arithmetic." if best.bandwidth_share < _FAR else "")
     ]
+    if best.bandwidth_share < _FAR:
+        said.append("What is missing is not memory's: starting kernels and arithmetic.")
+    else:
+        said.append(_others([point for point in row.values() if point is not best], on_gpu))
+        said.append(_short_caches(points))
     if "split" in row and "whole" in row:
-        said.append(_splitting(params.splits, row["whole"], row["split"]))
+        said.append(_splitting(params.splits, points))
         if not on_gpu:
             said.append("Splits are for GPUs, where one query alone leaves most multiprocessors idle.")
     groups = params.heads // params.kv_heads
@@ -393,7 +391,7 @@ def describe_points(params: Params, points: tuple[Point, ...], *, on_gpu: bool) 
         said.append(
             f"Were keys and values not shared by {groups} heads each, it would be {groups} times as many bytes."
         )
-    return " ".join(said)
+    return " ".join(filter(None, said))
 
 
 def _why_above_copy(on_gpu: bool) -> str:
@@ -402,9 +400,64 @@ def _why_above_copy(on_gpu: bool) -> str:
     return "more than memory gives, as a processor's own caches hold it"
 
 
-def _splitting(splits: int, whole: Point, split: Point) -> str:
-    if whole.low_ms <= split.high_ms and split.low_ms <= whole.high_ms:
-        return f"Whether our own split reads it in one part or in {splits} makes no difference that these runs show."
-    ratio = whole.median_ms / split.median_ms
-    change = f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower"
-    return f"In {splits} parts our own split is {change} than in one."
+def _others(others: list[Point], on_gpu: bool) -> str:
+    """How near to a copy those come that are not the fastest, and on a GPU why some do not."""
+    near = [point for point in others if point.bandwidth_share >= _FAR]
+    far = {point.backend: point for point in others if point.bandwidth_share < _FAR}
+    said = []
+    if near:
+        names = " and ".join(f"“{point.label}”" for point in near)
+        said.append(f"{names} {'reaches' if len(near) == 1 else 'reach'} {_shares(near)}")
+    if far:
+        alone = next(iter(far.values())).label if len(far) == 1 else ""
+        who = f"“{alone}” stays" if alone else f"{'the' if near else 'The'} other {len(far)} stay"
+        whose = "its" if alone else "their"
+        said.append(f"{who} at {_shares([*far.values()])}: reading the cache once is not what takes {whose} time")
+    why = []
+    if on_gpu and far.keys() - {"split"}:
+        why.append("A kernel that does not split the keys of one query leaves most multiprocessors idle.")
+    if "split" in far:
+        why.append("Our own split goes through memory several times.")
+    return " ".join([f"{', '.join(said)}.", *why]) if said else ""
+
+
+def _shares(points: list[Point]) -> str:
+    shares = sorted(point.bandwidth_share for point in points)
+    least, most = (f"{share:.0%}" for share in (shares[0], shares[-1]))
+    return least if least == most else f"{least} to {most}"
+
+
+def _short_caches(points: tuple[Point, ...]) -> str:
+    """Up to which length nobody comes near a copy; only where somebody does at a longer one."""
+    near = min(point.length for point in points if point.bandwidth_share >= _FAR)
+    below = max((point.length for point in points if point.length < near), default=0)
+    if not below:
+        return ""
+    return f"Up to {below:,} tokens none reaches half: starting kernels and the like take longer than reading."
+
+
+def _splitting(splits: int, points: tuple[Point, ...]) -> str:
+    """What splitting did at the longest length, and at which shorter ones it did the opposite."""
+    whole, split = ({point.length: point for point in points if point.backend == name} for name in ("whole", "split"))
+    ratios = {length: _speedup(whole[length], split[length]) for length in whole.keys() & split.keys()}
+    longest = max(ratios)
+    ratio = ratios[longest]
+    change = (
+        "as fast, as far as these runs show,"
+        if ratio == 1
+        else f"{ratio:.1f} times faster"
+        if ratio > 1
+        else f"{1 / ratio:.1f} times slower"
+    )
+    said = f"At {longest:,} tokens our own split is {change} in {splits} parts {'as' if ratio == 1 else 'than'} in one"
+    opposite = sorted(length for length, other in ratios.items() if (other > 1 if ratio < 1 else other < 1))
+    if opposite:
+        at = " and ".join(f"{length:,}" for length in opposite)
+        said += f"; at {at} it is {'faster' if ratio < 1 else 'slower'}"
+    return f"{said}."
+
+
+def _speedup(whole: Point, split: Point) -> float:
+    """How many times as fast the split is; 1 where the spreads overlap."""
+    overlap = whole.low_ms <= split.high_ms and split.low_ms <= whole.high_ms
+    return 1.0 if overlap else whole.median_ms / split.median_ms

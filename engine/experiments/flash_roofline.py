@@ -39,11 +39,11 @@ class Point:
         model: by which model its bytes are counted: ``"standard"`` or ``"flash"``.
         length, batch: T and B.
         flops: that the pass takes, the mask's saving counted.
-        moved_bytes: between memory and chip, modelled.
+        moved_bytes: between memory and chip, as `_flash_cost.moved_bytes` models it.
         intensity: `flops` / `moved_bytes`.
         flops_per_second, low, high: reached: at the median time, at the 90th and at the 10th percentile.
-        roof: FLOP/s that the device allows at this intensity; `flops_per_second` is below it, but for caches that
-            serve what is counted as memory, and noise.
+        roof: FLOP/s at this intensity by the device's measured peaks. `flops_per_second` may be above it where caches
+            serve what is counted as memory, or a kernel is faster than the large product.
     """
 
     backend: str
@@ -83,7 +83,6 @@ class Result:
     Args:
         peaks: of the device; its `ridge` is where the two roofs meet.
         points: in the order in which they were measured.
-        paths: modelled intensity of standard and of flash attention at every length of the sweep.
         stops, absent: as `flash_speed.Result`'s.
         total: points that there are to be, stops included.
         memory: which memory the bytes are counted to, in a sentence.
@@ -97,7 +96,6 @@ class Result:
 
     peaks: Peaks
     points: tuple[Point, ...]
-    paths: tuple[Path, ...]
     stops: tuple[Stop, ...]
     absent: dict[str, str]
     total: int
@@ -121,12 +119,11 @@ def run(params: Params, job: Job) -> Result:
     from engine.experiments._flash_sweep import Measured, Sweep, measure_peaks
     from engine.measure import device_name, versions
 
-    _flash_cost.check_fits(params, memory.free(job.device))
+    on_gpu = job.device.startswith("cuda")
+    _flash_cost.check_fits(params, memory.free(job.device), on_gpu=on_gpu)
     where, software = device_name(job.device), versions()
     peaks = measure_peaks(job.device, params.dtype)
     sweep = Sweep(params, job, peaks, weigh=False)
-    paths = predict_paths(params)
-    on_gpu = job.device.startswith("cuda")
     points: list[Point] = []
     stops: list[Stop] = []
 
@@ -134,7 +131,6 @@ def run(params: Params, job: Job) -> Result:
         return Result(
             peaks=peaks,
             points=tuple(points),
-            paths=paths,
             stops=tuple(stops),
             absent=sweep.absent,
             total=sweep.total,
@@ -183,11 +179,16 @@ def predict_paths(params: SweepParams) -> tuple[Path, ...]:
     )
 
 
+def intensity_in_words(intensity: float) -> str:
+    """E.g. ``"15.9"``, ``"4,060"``."""
+    return f"{intensity:,.0f}" if intensity >= 100 else f"{intensity:.3g}"
+
+
 def describe_paths(paths: tuple[Path, ...]) -> str:
     """How far both models move from the shortest to the longest sequence."""
     lengths = paths[0].lengths
     moves = [
-        f"{path.label} from {path.intensity[0]:.3g} to {path.intensity[-1]:.3g} "
+        f"{path.label} from {intensity_in_words(path.intensity[0])} to {intensity_in_words(path.intensity[-1])} "
         f"(× {path.intensity[-1] / path.intensity[0]:.1f})"
         for path in paths
     ]
@@ -206,7 +207,6 @@ def below_roof(params: SweepParams, found: flash_speed.Result) -> Result:
     return Result(
         peaks=found.peaks,
         points=points,
-        paths=predict_paths(params),
         stops=found.stops,
         absent=found.absent,
         total=found.total,
@@ -246,13 +246,15 @@ def _point(
 
 
 def _memory_words(on_gpu: bool) -> str:
-    rows, columns = _flash_cost.TILE
-    tiles = f"flash attention's with tiles of {rows} × {columns}"
+    counted = (
+        "of standard attention every pass over its matrices, of flash attention every tensor once, as caches keep keys "
+        "and values while tiles read them again"
+    )
     if on_gpu:
-        return f"Bytes to and from the GPU's memory (HBM), by the algorithms' own count, {tiles}; caches are left out."
+        return f"Bytes to and from the GPU's memory (HBM) by a model: {counted}."
     return (
-        f"Bytes to and from main memory, by the algorithms' own count, {tiles}; a processor's caches, which are left "
-        "out, hold short sequences whole, so that points can lie above the slope."
+        f"Bytes to and from main memory by a model: {counted}. A processor's caches hold short sequences whole, so "
+        "that points can lie above the slope."
     )
 
 
@@ -272,25 +274,40 @@ def _describe(params: SweepParams, peaks: Peaks, points: tuple[Point, ...], *, o
             continue
         length = max(point.length for point in of_model)
         best = max((point for point in of_model if point.length == length), key=lambda point: point.flops_per_second)
-        side, other = ("memory", "arithmetic") if best.intensity < peaks.ridge else ("arithmetic", "memory")
         said.append(
-            f"At {length:,} tokens {label} does {best.intensity:.3g} FLOP for every byte that it is counted to move, "
-            f"where {side} and not {other} would be the limit. {best.label} reaches "
-            f"{_reached(best, peaks, why_above_peak(params.dtype, on_gpu=on_gpu))}."
+            f"At {length:,} tokens {label} does {intensity_in_words(best.intensity)} FLOP for every byte that it is "
+            "counted to move"
         )
+        if best.flops_per_second > _flash_cost.ABOVE * best.roof:
+            said[-1] += f". {_above(best, peaks, why_above_peak(params.dtype, on_gpu=on_gpu))}."
+            continue
+        side, other = ("memory", "arithmetic") if best.intensity < peaks.ridge else ("arithmetic", "memory")
+        said[-1] += f", where {side} and not {other} would be the limit. {_reached(params, best)}."
     return " ".join(said)
 
 
-def _reached(point: Point, peaks: Peaks, why_above: str) -> str:
+def _reached(params: SweepParams, point: Point) -> str:
+    """How near the roof a point comes, and what else may hold it up."""
     reached = point.flops_per_second / point.roof
-    share = f"{reached:.0%} of it"
-    if reached < _FAR:
-        return (
-            f"{share}, far from it, so something else is the limit: too little work to fill the device, or what is not "
-            "counted here, such as starting kernels and taking exponentials"
-        )
-    if point.low <= point.roof:
-        return share
+    said = f"{point.label} reaches {reached:.0%} of it"
+    if reached >= _FAR:
+        return said
+    uncounted = "starting kernels and taking exponentials"
+    if point.model == "standard":
+        uncounted = "starting kernels, taking exponentials and further passes over the matrix"
+        uncounted += " such as the mask's" * params.causal
+    return (
+        f"{said}, far from it, so something else is the limit: too little work to fill the device, or what is not "
+        f"counted here, like {uncounted}"
+    )
+
+
+def _above(point: Point, peaks: Peaks, why_above: str) -> str:
+    """Why a point is above the roof, where no limit can be told from it."""
+    said = (
+        f"{point.label} reaches {point.flops_per_second / point.roof:.0%} of what that would allow, so the count does "
+        "not hold on this device"
+    )
     if point.roof < peaks.flops:
-        return f"{share}, as caches serve what is counted as memory"
-    return f"{share}, more than the large product that stands for arithmetic, {why_above}"
+        return f"{said}: caches serve what is counted as memory"
+    return f"{said}: that is more than the large product that stands for arithmetic, {why_above}"

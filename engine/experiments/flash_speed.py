@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from engine.experiments._flash_sweep import Measured
     from engine.runtime.jobs import Job
 
-_ABOVE = 1.05
-"""A share of the peak that noise does not explain."""
-
 
 class Params(SweepParams):
     """A shape, lengths, and who computes."""
@@ -38,7 +35,8 @@ class Point:
         peak_bytes: that a run allocates at its peak beyond its inputs, measured. For gradients that is forward and
             backward together, as the forward pass keeps what the backward pass reads.
         predicted_bytes: the same, predicted.
-        predicted_ms: no faster than this by the device's peaks: the longer of computing and moving bytes.
+        predicted_ms: the longer of computing and moving bytes at the device's peaks, as `_flash_cost.least_ms` models
+            it.
         tflops: 10¹² FLOP/s reached, where only pairs that the mask lets through count.
         peak_share: of the measured speed of a large product, from 0 to 1 and a little above at most.
     """
@@ -105,12 +103,12 @@ def run(params: Params, job: Job) -> Result:
     from engine.measure import device_name, versions
 
     free = memory.free(job.device)
-    _flash_cost.check_fits(params, free)
+    on_gpu = job.device.startswith("cuda")
+    _flash_cost.check_fits(params, free, on_gpu=on_gpu)
     where, software = device_name(job.device), versions()
     peaks = measure_peaks(job.device, params.dtype)
     sweep = Sweep(params, job, peaks, weigh=True)
-    predicted = predict(params, peaks)
-    on_gpu = job.device.startswith("cuda")
+    predicted = predict(params, peaks, on_gpu=on_gpu)
     points: list[Point] = []
     stops: list[Stop] = []
     last = choice = ""
@@ -137,7 +135,7 @@ def run(params: Params, job: Job) -> Result:
     job.report(0, sweep.total)
     for found in sweep:
         if isinstance(found, Measured):
-            points.append(_point(params, found, peaks))
+            points.append(_point(params, found, peaks, on_gpu=on_gpu))
             last = f"{found.backend.label}, {describe(found.evidence)}"
             numbers = {"tokens": found.length, "ms": found.evidence.median_ms}
         else:
@@ -149,11 +147,12 @@ def run(params: Params, job: Job) -> Result:
     if (done := len(points) + len(stops)) < sweep.total:
         ended, words = stopped(params, job)
         return result(ended, f"{words} after {done} of {sweep.total} points, which are shown.")
-    choice = describe_choice(tuple(points), sweep.correct())
+    if chooses(params, on_gpu=on_gpu):
+        choice = describe_choice(params, tuple(points), sweep.correct())
     return result("finished", f"All {sweep.total} points are there.")
 
 
-def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
+def _point(params: Params, found: Measured, peaks: Peaks, *, on_gpu: bool) -> Point:
     name, length, evidence = found.backend.name, found.length, found.evidence
     speed = _flash_cost.flops(params, length) / evidence.median_ms * 1e3
     return Point(
@@ -166,7 +165,7 @@ def _point(params: Params, found: Measured, peaks: Peaks) -> Point:
         high_ms=evidence.high_ms,
         runs=evidence.runs,
         peak_bytes=found.peak_bytes,
-        predicted_bytes=_flash_cost.held_bytes(params, name, length),
+        predicted_bytes=_flash_cost.held_bytes(params, name, length, on_gpu=on_gpu),
         predicted_ms=_flash_cost.least_ms(params, _flash_cost.model_of(name), length, peaks),
         tflops=speed / 1e12,
         peak_share=speed / peaks.flops,
@@ -182,12 +181,22 @@ def _how_weighed(on_gpu: bool) -> str:
     return f"memory: {how} in one run, inputs not counted"
 
 
-def describe_choice(points: tuple[Point, ...], correct: set[str]) -> str:
+def chooses(params: SweepParams, *, on_gpu: bool) -> bool:
+    """Whether a sweep times what `engine.flash.FlashAttention` ranks backends by.
+
+    It ranks the passes for gradients together and never the backward one alone, and on a GPU it computes float32 in
+    half precision.
+    """
+    return params.direction != "backward" and not (on_gpu and params.dtype == "float32")
+
+
+def describe_choice(params: SweepParams, points: tuple[Point, ...], correct: set[str]) -> str:
     """What `engine.flash.FlashAttention` would take at the longest length, by its own rule.
 
     Args:
+        params: of the sweep, for which `chooses` holds.
         points: of which those at the longest length count.
-        correct: names of the backends that err at most twice as much as standard attention.
+        correct: names of the backends that err at most twice as much as standard attention at the shortest length.
     """
     longest = max((point.length for point in points), default=0)
     row = sorted((point for point in points if point.length == longest), key=lambda point: point.median_ms)
@@ -196,10 +205,14 @@ def describe_choice(points: tuple[Point, ...], correct: set[str]) -> str:
         return ""
     said = (
         f"FlashAttention takes the fastest that errs at most twice as much as standard attention: at {longest:,} "
-        f"tokens, of those measured here, it would take {chosen.label}."
+        f"tokens, of those measured here, it would take {chosen.label}, if errors are what they are at "
+        f"{params.lengths[0]:,} tokens."
     )
     wrong = [point.label for point in row[: row.index(chosen)]]
-    return f"{said} {' and '.join(wrong)} is faster, but errs more than that." if wrong else said
+    if not wrong:
+        return said
+    verbs = ("is", "errs") if len(wrong) == 1 else ("are", "err")
+    return f"{said} {' and '.join(wrong)} {verbs[0]} faster, but {verbs[1]} more than that."
 
 
 def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...], why_above: str) -> str:
@@ -234,7 +247,7 @@ def describe_points(points: tuple[Point, ...], stops: tuple[Stop, ...], why_abov
         )
         said += "as long" if slower is standard else "faster"
     said += "."
-    if best.peak_share > _ABOVE:
+    if best.peak_share > _flash_cost.ABOVE:
         said += f" That is {best.peak_share:.0%} of the large product that stands for the peak, {why_above}."
     return " ".join(filter(None, (said, _memory_words(by_length, longest, best), ends)))
 
@@ -265,7 +278,7 @@ def _alone(points: tuple[Point, ...], why_above: str) -> str:
     longest = max(point.length for point in points)
     best = min((point for point in points if point.length == longest), key=lambda point: point.median_ms)
     said = f"At {longest:,} tokens {best.label} takes {best.median_ms:.3g} ms: {best.tflops:.3g} TFLOP/s, "
-    if best.peak_share > _ABOVE:
+    if best.peak_share > _flash_cost.ABOVE:
         return f"{said}more than the large product reached here, {why_above}."
     return f"{said}{best.peak_share:.0%} of what a large product reaches here."
 

@@ -406,7 +406,7 @@ def _upstream(Q: Tensor) -> Tensor:
 def _too_large(backend: Backend, Q: Tensor, K: Tensor, grad: bool) -> str | None:
     """Why a backend that holds all weights is not even tried: running out of memory ends a process on the CPU."""
     numbers = Q.shape[0] * Q.shape[1] * Q.shape[2] * K.shape[2] * Q.dtype.itemsize
-    needed = numbers * held_matrices(backend.name, Q.dtype.itemsize, grad)
+    needed = numbers * held_matrices(backend.name, Q.dtype.itemsize, grad, on_gpu=Q.is_cuda)
     if needed == 0:
         return None
     free = memory.free(str(Q.device))

@@ -62,21 +62,25 @@ def tile_sizes(d: int, on_chip_bytes: int, element_bytes: int) -> tuple[int, int
     return min(columns, d), columns
 
 
-def held_matrices(backend: str, element_bytes: int, grad: bool) -> int:
+def held_matrices(backend: str, element_bytes: int, grad: bool, *, on_gpu: bool = False) -> int:
     """How many matrices of B·H·Tq·Tk numbers of the input's size a backend holds at once: 0 for all but two.
 
-    Scores beside weights, and for gradients the weights beside their own gradients and the scores'. PyTorch's "math"
-    computes half precision in float32.
+    Scores beside weights, and for gradients the weights P beside their own gradients dP and the scores'; on a GPU the
+    softmax's backward pass holds P ∘ dP as well. PyTorch's "math" computes half precision in float32, and on a
+    processor it has a copy of a matrix in half precision at the peak.
 
     Args:
         backend: its name in `engine.flash.backends.BACKENDS`.
         element_bytes: width of a number, in bytes.
         grad: whether gradients are computed as well.
+        on_gpu: whether it runs on one.
     """
     if backend not in ("standard", "torch-math"):
         return 0
-    widened = backend == "torch-math" and element_bytes == 2
-    return (3 if grad else 2) + (3 if widened else 0)
+    matrices = 2 + grad * (2 if on_gpu else 1)
+    if backend == "standard" or element_bytes != 2:
+        return matrices
+    return 2 * matrices if on_gpu else matrices + 3
 
 
 def standard_traffic(Tq: int, Tk: int, d: int, element_bytes: int) -> Traffic:

@@ -5,18 +5,19 @@
 
 bfloat16, 16384 tokens a batch, width 2048, and one query of 4096 keys. TFLOP/s are 4·B·H·Tq·Tk·d of the forward pass
 over the median time, half of it under a causal mask, 3.5 times as much with the backward pass. "of best" compares with
-the fastest correct one of the same run, PyTorch's own function without our wrappers among them; FlashAttention is timed
-again for it, in turn with that one, as a device that has grown hot is slower. Beside the table: seconds of each
-backend's first call, ten cold calls and the peak memory of both layers in float32, errors against float64, and the
-device's ceilings. The record is written anew after each part.
+the fastest correct one of the same run, PyTorch's own function without our wrappers among them. As a device that has
+grown hot is slower, FlashAttention and that one are timed three times more, in turn: the last line of each table, whose
+times are recorded as well. Beside the tables: seconds of each backend's first call, ten cold calls and the peak memory
+of both layers in float32, errors against float64, and the device's ceilings. The record is written anew after each
+part; a file that exists gets one run more, if it is of this device and these versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +34,12 @@ from engine.flash import choice
 from engine.flash.attention import FlashAttention, StandardAttention
 from engine.flash.backends import Case, absent, choices, standard_attention
 from engine.flash.traffic import attention_flops
-from engine.measure import ceilings, device_name, measure_time, peak_memory
+from engine.measure import Evidence, ceilings, device_name, measure_time, peak_memory, versions
+from tests.benchmarks.flash_sweeps import check_same_place
 from tests.performance.test_flashattention import ten_cold_calls
 
 TOKENS, WIDTH, CACHE = 16384, 2048, 4096
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+WHAT = "Attention by every backend, by tests/benchmarks/flash_attention.py"
 CHOSEN = "FlashAttention"
 BARE = "PyTorch's function"
 
@@ -127,7 +129,7 @@ def measured(device: str, shape: Shape, direction: str, peak: float) -> dict[str
         try:
             run()
             evidence = measure_time(run, device, dtype=torch.bfloat16, shape=f"{shape.sizes}, {direction}", runs=10)
-            rows[name] = {"tflops": shape.flops(direction) / evidence.median_ms / 1e9, "evidence": asdict(evidence)}
+            rows[name] = {"tflops": shape.flops(direction) / evidence.median_ms / 1e9, "evidence": spread(evidence)}
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}".split("\n")[0]
     grad = direction == "both"
@@ -137,13 +139,16 @@ def measured(device: str, shape: Shape, direction: str, peak: float) -> dict[str
     print(f"d {shape.head_dim}, T {shape.length}, {'causal' if shape.causal else 'all'}, {direction}; best: {best}")
     for name, row in rows.items():
         row["of_best"] = row["tflops"] / rows[best]["tflops"]
-        if name == CHOSEN:
-            row["of_best"] = in_turn(
-                *(passes(functions[each], tensors, direction) for each in (best, CHOSEN)), device, str(shape)
-            )
         label = f"{name} → {chosen}" if name == CHOSEN else name
         speed = f"{row['tflops']:>10.4g} TFLOP/s{row['tflops'] / peak:>8.1%} of peak"
         print(f"  {label:<32}{speed}{row['of_best']:>8.1%} of best")
+    turns: dict[str, list[float]] = {}
+    if CHOSEN in rows:
+        turns = in_turn({name: passes(functions[name], tensors, direction) for name in (best, CHOSEN)}, device, shape)
+        rows[CHOSEN]["of_best"] = sum(turns[best]) / sum(turns[CHOSEN])
+        speeds = {name: shape.flops(direction) / statistics.median(times) / 1e9 for name, times in turns.items()}
+        both = ", ".join(f"{name} {speed:.4g} TFLOP/s" for name, speed in speeds.items())
+        print(f"  in turn: {both}: {rows[CHOSEN]['of_best']:.1%} of best")
     for name, reason in failed.items():
         print(f"  {name:<32}failed: {reason}")
     sys.stdout.flush()
@@ -153,6 +158,7 @@ def measured(device: str, shape: Shape, direction: str, peak: float) -> dict[str
         "best": best,
         "chosen": chosen,
         "rows": rows,
+        "in_turn_ms": turns,
         "failed": failed,
         "refused": found.refused,
         "errors": {name: asdict(errors) for name, errors in found.errors.items()},
@@ -160,13 +166,18 @@ def measured(device: str, shape: Shape, direction: str, peak: float) -> dict[str
     }
 
 
-def in_turn(first: Callable[[], object], second: Callable[[], object], device: str, shape: str) -> float:
-    """How many times as fast the second is as the first, both timed three times, one after the other."""
-    times = [
-        [measure_time(each, device, dtype=torch.bfloat16, shape=shape, runs=10).median_ms for each in (first, second)]
-        for _ in range(3)
-    ]
-    return sum(pair[0] for pair in times) / sum(pair[1] for pair in times)
+def in_turn(runs: dict[str, Callable[[], object]], device: str, shape: Shape) -> dict[str, list[float]]:
+    """Median milliseconds of each, three times, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name in [*runs] * 3:
+        evidence = measure_time(runs[name], device, dtype=torch.bfloat16, shape=str(shape), runs=10)
+        times[name].append(evidence.median_ms)
+    return times
+
+
+def spread(evidence: Evidence) -> dict[str, Any]:
+    """What differs from row to row."""
+    return {name: getattr(evidence, name) for name in ("median_ms", "low_ms", "high_ms", "runs")}
 
 
 def precisions(device: str, sizes: tuple[int, int, int, int]) -> dict[str, float]:
@@ -207,17 +218,6 @@ def contract(device: str) -> dict[str, Any]:
     return {"ten_cold_calls_s": {first: ten_cold_calls(first) for first in ("Flash", "Standard")}, "peak_bytes": peaks}
 
 
-def installed() -> dict[str, str]:
-    """Versions of what takes part."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def main() -> int:
     """Measure, print, write the record; 1 if the choice failed, or fell below 97 % of the best for many queries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -231,33 +231,34 @@ def main() -> int:
     device = arguments.device
     on_gpu = torch.device(device).type == "cuda"
     lengths, tokens, width = ([64, 128], 128, 128) if arguments.small else (arguments.lengths, TOKENS, WIDTH)
-    record: dict[str, Any] = {
-        "what": "Attention by every backend, by tests/benchmarks/flash_attention.py",
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(device),
-        "versions": installed(),
-    }
+    given: Path | None = arguments.json
+    record: dict[str, Any] = {"what": WHAT, "device": device_name(device), "versions": versions(), "runs": []}
+    if given and given.exists():
+        record = json.loads(given.read_text(encoding="utf-8"))
+        check_same_place(given, record, device)
+    run: dict[str, Any] = {"recorded": datetime.date.today().isoformat()}
+    record["runs"].append(run)
 
     def keep(**part: Any) -> None:
-        record.update(part)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        run.update(part)
+        if given:
+            given.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
     print(" · ".join(f"{name} {version}" for name, version in record["versions"].items()), "·", record["device"])
     example = Shape(64, True, lengths[-1], tokens, width)
     keep(first_calls_s=first_calls(device, example))
-    print("first calls, s:", record["first_calls_s"])
+    print("first calls, s:", run["first_calls_s"])
     keep(absent=absent(Case(device, torch.bfloat16, 64, 2048, 2048, causal=True, grad=False, grouped=False)))
-    for label, reason in record["absent"].items():
+    for label, reason in run["absent"].items():
         print(f"absent: {label}. {reason}")
     roof = ceilings(device, torch.bfloat16)
     keep(ceilings=asdict(roof))
     print(f"ceilings: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
     keep(precisions=precisions(device, (2, 2, 128, 64) if arguments.small else (2, 8, 2048, 64)))
-    print("relative errors:", {name: f"{error:.1e}" for name, error in record["precisions"].items()})
+    print("relative errors:", {name: f"{error:.1e}" for name, error in run["precisions"].items()})
     if on_gpu:
         keep(contract=contract(device))
-        print("contract:", record["contract"], flush=True)
+        print("contract:", run["contract"], flush=True)
     shapes: list[dict[str, Any]] = []
     for direction in arguments.directions:
         for head_dim in arguments.head_dims:

@@ -4,7 +4,8 @@
 
 The experiments themselves, in bfloat16: time and peak memory against sequence length at 16384 tokens a batch and width
 2048, head width 64 and 128, with and without a causal mask, forward, and with gradients under the mask; one query
-against a cache of up to 131072 tokens with 32 query heads on 8 key/value heads. A record that exists is completed.
+against a cache of up to 131072 tokens with 32 query heads on 8 key/value heads. A record that exists is completed, if
+it is of this device and these versions. What the lab derives from the points is not recorded.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 
 from engine import experiments
+from engine.measure import device_name, versions
 from engine.runtime.jobs import LocalJob
 
 WHAT = "The FlashAttention lab's sweeps, by tests/benchmarks/flash_sweeps.py"
 TOKENS, WIDTH = 16384, 2048
+DERIVED = ("predicted", "predicted_bytes", "predicted_ms", "sentence")
 
 
 def sweeps(small: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -41,6 +44,23 @@ def sweeps(small: bool) -> list[tuple[str, dict[str, Any]]]:
     return [*speeds, ("flash_decode", decode)]
 
 
+def measured(found: dict[str, Any]) -> dict[str, Any]:
+    """Without what follows from the rest."""
+    return {name: value for name, value in found.items() if name not in DERIVED}
+
+
+def check_same_place(path: Path, found: dict[str, Any], device: str) -> None:
+    """End with a sentence unless `found`, a part of the record at `path`, is of this device and these versions."""
+    here = {"device": device_name(device), "versions": versions()}
+    there = {name: found[name] for name in here}
+    if there != here:
+        was, now = (
+            f"{each['device']} with {', '.join(f'{name} {version}' for name, version in each['versions'].items())}"
+            for each in (there, here)
+        )
+        raise SystemExit(f"{path} was recorded on {was}, and this is {now}: give another file.")
+
+
 def main() -> int:
     """Run those that the record lacks, print a line each, write the record anew after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +70,8 @@ def main() -> int:
     arguments = parser.parse_args()
     given = arguments.json
     record = json.loads(given.read_text(encoding="utf-8")) if given and given.exists() else {"what": WHAT, "runs": []}
+    for run in record["runs"]:
+        check_same_place(given, run["result"], arguments.device)
     there = [(run["experiment"], run["params"]) for run in record["runs"]]
     for name, values in sweeps(arguments.small):
         if (name, values) in there:
@@ -58,7 +80,8 @@ def main() -> int:
         result = experiments.get(name).run(experiments.parse(name, values), LocalJob(arguments.device))
         plain = experiments.to_plain(result)
         today = datetime.date.today().isoformat()
-        record["runs"].append({"experiment": name, "recorded": today, "params": values, "result": plain})
+        kept = measured(plain) | {"points": [measured(point) for point in plain["points"]]}
+        record["runs"].append({"experiment": name, "recorded": today, "params": values, "result": kept})
         print(f"{name} {values}: {len(plain['points'])} points, {time.perf_counter() - start:.0f} s")
         print(f"  {plain['sentence']}", flush=True)
         if given:

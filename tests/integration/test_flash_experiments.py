@@ -18,6 +18,7 @@ from engine.experiments import (
     _flash,
     _flash_cache,
     _flash_cost,
+    _flash_recorded,
     _flash_sweep,
     flash_accuracy,
     flash_decode,
@@ -35,6 +36,12 @@ CPU = ("standard", "torch-math", "torch-flash")
 SMALL = {"max_length": 256, "heads": 2, "head_dim": 32, "runs": 3, "backends": CPU}
 CACHE = {"max_length": 2048, "runs": 3, "backends": CPU}
 SWEEPS = [flash_speed, flash_roofline]
+RECORDED = [
+    flash_speed.Params(causal=causal, head_dim=head_dim, direction=direction)
+    for head_dim in (64, 128)
+    for causal, direction in ((False, "forward"), (True, "forward"), (True, "forward and backward"))
+]
+"""What was recorded on an H200."""
 
 
 def broken(name, **changes):
@@ -112,6 +119,16 @@ class TestSweeps:
             (T, b) for T in (128, 256) for b in ("standard", "torch-flash")
         ]
         assert (found.ended, found.total) == ("finished", 5)
+
+    @pytest.mark.parametrize("module", SWEEPS)
+    def test_running_out_of_memory_after_all_is_a_failure(self, module, monkeypatch):
+        def runs_out(*arguments):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setitem(BACKENDS, "torch-math", broken("torch-math", kernel=runs_out))
+        (stop,) = module.run(module.Params(**SMALL), LocalJob()).stops
+        assert (stop.kind, stop.needed_bytes) == ("failed", 0)
+        assert stop.reason == "Out of memory at 128 tokens: it took more than was predicted."
 
     def test_a_shape_that_a_backend_does_not_take_is_a_gap_and_not_the_end(self, monkeypatch):
         def refusal(case):
@@ -195,6 +212,41 @@ class TestSweeps:
         workspace = found.peak_bytes - _flash_cost.held_bytes(params, "flash", 512)
         assert 0 <= workspace < 4 * 2**20  # the threads' own tiles, whatever the length
 
+    @pytest.mark.parametrize("asked", RECORDED)
+    def test_predicted_memory_of_a_gpu_is_close_to_what_was_recorded(self, asked):
+        recorded = _flash_recorded.recorded_speed(asked)
+        long = [point for point in recorded.found.points if point.length >= 2048]
+        assert {"standard", "torch-math", "torch-flash"} <= {point.backend for point in long}
+        for point in long:
+            held = _flash_cost.held_bytes(recorded.params, point.backend, point.length, on_gpu=True)
+            assert held == pytest.approx(point.peak_bytes, rel=0.1), (point.backend, point.length)
+
+    @pytest.mark.parametrize("asked", RECORDED)
+    def test_no_recorded_kernel_without_the_matrix_beats_the_model(self, asked):
+        recorded = _flash_recorded.recorded_speed(asked)
+        params, peaks = recorded.params, recorded.found.peaks
+        assert (params.causal, params.head_dim, params.direction) == (asked.causal, asked.head_dim, asked.direction)
+        flash = [point for point in recorded.found.points if _flash_cost.model_of(point.backend) == "flash"]
+        assert len(flash) >= 5 * len(params.lengths)
+        for point in flash:
+            least = _flash_cost.least_ms(params, "flash", point.length, peaks)
+            assert point.median_ms >= 0.95 * least, (point.backend, point.length)
+        nearest = min(point.median_ms / _flash_cost.least_ms(params, "flash", point.length, peaks) for point in flash)
+        assert nearest < 1.6  # it is not met by saying little
+
+    @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_flash_attention_is_counted_to_move_every_tensor_once(self, causal, dtype, size):
+        shape = {"heads": 2, "batch": 3, "head_dim": 16, "dtype": dtype, "causal": causal}
+        tensor, statistics = 2 * 3 * 512 * 16 * size, 2 * 3 * 512 * 4
+
+        def moved(direction):
+            return _flash_cost.moved_bytes(flash_speed.Params(**shape, direction=direction), "flash", 512)
+
+        assert moved("forward") == 4 * tensor + statistics  # Q, K, V, O
+        assert moved("backward") == 8 * tensor + statistics  # those, dO, dQ, dK, dV
+        assert moved("forward and backward") == moved("forward") + moved("backward")
+
     @pytest.mark.parametrize("direction", ["forward", "backward", "forward and backward"])
     def test_predicted_lines_have_the_growth_that_the_lab_is_about(self, direction):
         standard, flash = flash_speed.predict(flash_speed.Params(max_length=65536, direction=direction))
@@ -217,7 +269,7 @@ class TestSweeps:
         why = _flash.why_above_peak(dtype, on_gpu=on_gpu)
         assert said in flash_speed.describe_points((point,), (), why)
 
-    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
     def test_what_flash_attention_would_choose_is_the_fastest_that_is_correct(self, direction, monkeypatch):
         def times(function, device, *, dtype, shape, runs):
             name = next(calls)
@@ -239,6 +291,39 @@ class TestSweeps:
         said = flash_speed.run(params, LocalJob()).sentence
         assert f"it would take {BACKENDS['standard'].label}" in said
         assert f"{label} is faster, but errs more than that" in said
+        assert "if errors are what they are at 128 tokens" in said
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"), [(1, "A is faster, but errs more"), (2, "A and B are faster, but err more")]
+    )
+    def test_who_is_faster_but_wrong_is_named(self, wrong, said):
+        points = tuple(
+            flash_speed.Point(name, name, 256, 1, ms, ms, ms, 5, 1, 1, 0.1, 1.0, 0.5)
+            for ms, name in enumerate(("A", "B", "C"), 1)
+        )
+        correct = {point.backend for point in points[wrong:]}
+        words = flash_speed.describe_choice(flash_speed.Params(max_length=256), points, correct)
+        assert f"would take {points[wrong].label}" in words
+        assert said in words
+        assert "faster, but" not in flash_speed.describe_choice(flash_speed.Params(), points, {"A"})
+
+    @pytest.mark.parametrize(
+        ("direction", "dtype", "on_gpu", "chooses"),
+        [
+            ("forward", "float32", False, True),
+            ("forward and backward", "bfloat16", True, True),
+            ("forward", "float32", True, False),
+            ("backward", "bfloat16", True, False),
+            ("backward", "float32", False, False),
+        ],
+    )
+    def test_a_choice_is_told_only_of_what_flash_attention_ranks(self, direction, dtype, on_gpu, chooses):
+        assert flash_speed.chooses(flash_speed.Params(direction=direction, dtype=dtype), on_gpu=on_gpu) is chooses
+
+    def test_of_the_backward_pass_alone_no_choice_is_told(self):
+        found = flash_speed.run(flash_speed.Params(**SMALL, direction="backward"), LocalJob())
+        assert found.ended == "finished"
+        assert "FlashAttention takes" not in found.sentence
 
     @pytest.mark.parametrize(
         ("device", "seconds", "begun"), [("cpu", 10.0, True), ("cuda:0", 3.0, True), ("cuda:0", 4.0, False)]
@@ -307,12 +392,14 @@ class TestSweeps:
 
 class TestRoofline:
     def test_points_lie_where_flops_and_bytes_put_them(self):
-        found = flash_roofline.run(flash_roofline.Params(**SMALL), LocalJob())
+        params = flash_roofline.Params(**SMALL)
+        found = flash_roofline.run(params, LocalJob())
+        paths = flash_roofline.predict_paths(params)
         assert found.peaks.ridge == pytest.approx(found.peaks.flops / found.peaks.bandwidth)
         for point in found.points:
             assert point.intensity == pytest.approx(point.flops / point.moved_bytes)
             assert point.roof == pytest.approx(min(found.peaks.flops, point.intensity * found.peaks.bandwidth))
-            path = next(path for path in found.paths if path.name == point.model)
+            path = next(path for path in paths if path.name == point.model)
             assert point.intensity == pytest.approx(path.intensity[list(path.lengths).index(point.length)])
         assert {point.model for point in found.points if point.backend == "torch-flash"} == {"flash"}
         assert "main memory" in found.memory
@@ -334,7 +421,8 @@ class TestRoofline:
         said = flash_roofline.describe_paths(paths)
         for path in paths:
             factor = path.intensity[-1] / path.intensity[0]
-            assert f"{path.label} from {path.intensity[0]:.3g} to {path.intensity[-1]:.3g} (× {factor:.1f})" in said
+            first, last = (flash_roofline.intensity_in_words(path.intensity[place]) for place in (0, -1))
+            assert f"{path.label} from {first} to {last} (× {factor:.1f})" in said
         assert "from 128 to 8,192 tokens" in said
 
     @pytest.mark.parametrize(
@@ -342,7 +430,8 @@ class TestRoofline:
         [
             (0.02, "standard", "bfloat16", True, "far from it, so something else is the limit"),
             (0.6, "standard", "bfloat16", True, "reaches 60% of it"),
-            (1.5, "standard", "float32", False, "as caches serve what is counted as memory"),
+            (1.04, "standard", "bfloat16", True, "reaches 104% of it"),
+            (1.5, "standard", "float32", False, "caches serve what is counted as memory"),
             (1.5, "flash", "float32", False, "other work held that product up"),
             (1.5, "flash", "float32", True, "tensor cores"),
         ],
@@ -358,8 +447,46 @@ class TestRoofline:
         )
         words = flash_roofline._describe(params, peaks, (point,), on_gpu=on_gpu)
         assert said in words
-        assert "would be the limit" in words
+        assert ("would be the limit" in words) is (share < 1.05)
+        assert ("the count does not hold on this device" in words) is (share > 1.05)
         assert ("something else" in words) is (share < 0.3)
+
+    @pytest.mark.parametrize(
+        ("intensity", "limit"), [(9.0, "where memory and not arithmetic"), (11.0, "where arithmetic and not memory")]
+    )
+    def test_which_of_both_is_the_limit_turns_at_the_ridge(self, intensity, limit):
+        peaks = _flash.Peaks(1e12, 1e11, ())
+        roof = min(1e12, intensity * 1e11)
+        point = flash_roofline.Point("b", "B", "flash", 256, 1, 1.0, 1.0, intensity, roof / 2, roof / 2, roof / 2, roof)
+        assert f"{limit} would be the limit" in flash_roofline._describe(
+            flash_roofline.Params(), peaks, (point,), on_gpu=True
+        )
+
+    @pytest.mark.parametrize("asked", RECORDED)
+    def test_on_the_recorded_gpu_the_matrix_is_held_up_by_memory_and_flash_attention_by_arithmetic(self, asked):
+        found = _flash_recorded.recorded_roofline(asked).found
+        standard, flash = found.sentence.split("At 16,384 tokens ")[1:]
+        assert standard.startswith("standard attention")
+        assert "where memory and not arithmetic would be the limit" in standard
+        assert flash.startswith("flash attention")
+        assert "where arithmetic and not memory would be the limit" in flash
+        assert "far from it" not in flash
+        for point in found.points:
+            if point.model == "flash":
+                assert point.flops_per_second <= _flash_cost.ABOVE * point.roof, (point.backend, point.length)
+
+    @pytest.mark.parametrize(
+        ("causal", "passes"), [(True, "passes over the matrix such as the mask's."), (False, "passes over the matrix.")]
+    )
+    def test_passes_that_are_not_counted_are_named_for_what_holds_the_matrix(self, causal, passes):
+        params, peaks = flash_roofline.Params(causal=causal), _flash.Peaks(1e12, 1e11, ())
+
+        def words(model):
+            point = flash_roofline.Point("b", "B", model, 256, 1, 1.0, 1.0, 1.0, 1e9, 1e9, 1e9, 1e11)
+            return flash_roofline._describe(params, peaks, (point,), on_gpu=True)
+
+        assert passes in words("standard")
+        assert "passes over the matrix" not in words("flash")
 
     def test_half_as_many_bytes_a_number_double_the_intensity(self):
         whole, half = (
@@ -535,8 +662,6 @@ class TestDecode:
         for point in found.points:
             assert point.cache_bytes == 2 * 2 * point.length * 64 * 4
             assert point.bandwidth == pytest.approx(point.cache_bytes / point.median_ms * 1e3)
-        assert found.intensity == 2 * 8 / (2 * 4)
-        assert found.ungrouped_bytes == 4 * found.points[-1].cache_bytes
         assert "2,048 tokens" in found.sentence
         weigh(found)
 
@@ -634,11 +759,12 @@ def test_what_crosses_to_the_web_process_is_plain(module):
 
 @pytest.mark.gpu
 class TestOnGpu:
-    def test_standard_attention_ends_and_flash_goes_on(self):
-        params = flash_speed.Params(max_length=65536, heads=16, dtype="bfloat16", runs=3)
+    @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+    def test_standard_attention_ends_and_flash_goes_on(self, direction):
+        params = flash_speed.Params(max_length=65536, heads=16, dtype="bfloat16", direction=direction, runs=3)
         found = flash_speed.run(params, LocalJob("cuda:0"))
         ends = {stop.backend: stop for stop in found.stops}
-        assert ends["standard"].kind == "memory"
+        assert ends["standard"].kind == ends["torch-math"].kind == "memory"
         assert ends["standard"].needed_bytes > _flash_cost.SAFE * ends["standard"].free_bytes
         assert max(point.length for point in found.points if point.backend == "torch-flash") == 65536
         for point in found.points:

@@ -259,7 +259,7 @@ class TestLanguages:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_default_run_collapses_and_the_bias_cures_it(seed):
     """MaxVio below 0.1 on all tokens of the last sixteen steps, as the bias is moved by them, at no worse a loss."""
     began = time.process_time()

@@ -10,6 +10,7 @@ import pytest
 
 from engine.experiments import _flash_cost, flash_online, flash_roofline, flash_speed, flash_tiles
 from engine.experiments._flash import Peaks, Stop
+from engine.experiments._flash_recorded import recorded_speed
 from tests.ui.lab_pages import finished, words
 from ui.flash import decode, predict, softmax, speed, tiles
 from ui.flash.explore import VIEWS
@@ -161,6 +162,28 @@ class TestSpeedAndMemory:
         assert [(end.length, end.words, end.value) for end in upper.ends] == [(256, "out of memory", None)]
         assert [(end.length, end.value) for end in lower.ends] == [(256, 9 * 1024)]
         assert lower.limit == 8 * 1024
+
+    def test_what_ran_out_of_memory_after_all_has_no_size_to_draw(self):
+        stop = Stop("standard", "Standard attention", 256, "memory", "Out of memory.")
+        upper, lower = speed.panels(measured(point("standard", 128, 2.0), stops=(stop,)), speed.TIME)
+        assert (upper.ends, lower.ends, lower.limit) == ([], [], None)
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+    def test_a_recording_has_no_end_of_zero_bytes(self, direction, head_dim):
+        recorded = recorded_speed(flash_speed.Params(head_dim=head_dim, direction=direction))
+        for panel in speed.panels(recorded.found, speed.TIME, recorded=True):
+            assert all(end.value is None or end.value > 0 for end in panel.ends)
+            assert "0 bytes" not in " ".join(end.words for end in panel.ends)
+
+    def test_a_gpus_memory_is_predicted_as_a_gpus(self, lab, monkeypatch):
+        monkeypatch.setattr(speed, "has_gpu", lambda: True)
+        app = lab(direction="forward and backward")
+        params = flash_speed.Params(direction="forward and backward")
+        here, there = (_flash_cost.predict(params, on_gpu=on_gpu) for on_gpu in (False, True))
+        for line, other in zip(there, here, strict=True):
+            np.testing.assert_allclose(drawn(app, "flash_forecast")[line.label]["y"], line.peak_bytes / 2**20)
+            assert line.peak_bytes[-1] > other.peak_bytes[-1]
 
     def test_what_is_drawn_is_time_speed_or_the_share_of_the_peak(self):
         found = measured(point("standard", 128, 2.0), point("standard", 256, 8.0))
@@ -385,7 +408,7 @@ class TestPredict:
     @pytest.mark.parametrize(("name", "factor"), [("standard", "× 4"), ("flash", "× 2")])
     def test_growth_is_judged(self, lab, name, factor):
         assert "Right: it grows from" in words(lab(tab="Predict", **{f"growth_{name}": factor}))
-        assert "You said × 8" in words(lab(tab="Predict", **{f"growth_{name}": "× 8"}))
+        assert "Not × 8" in words(lab(tab="Predict", **{f"growth_{name}": "× 8"}))
         assert "it grows" not in words(lab(tab="Predict"))
 
     def test_the_speed_up_is_that_of_the_fastest_at_the_longest_that_standard_reached(self):
@@ -408,7 +431,7 @@ class TestPredict:
         finished(app)
         app.button(key="_flash_guess_start").click()
         finished(app)
-        assert "You said × 30; at T = 256" in words(app)
+        assert "Not × 30: at T = 256" in words(app)
         assert drawn(app, "flash_guess_chart")
 
 

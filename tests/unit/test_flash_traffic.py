@@ -15,6 +15,7 @@ from engine.flash.traffic import (
     attention_flops,
     flash_backward_traffic,
     flash_traffic,
+    held_matrices,
     standard_backward_traffic,
     standard_traffic,
     theorem,
@@ -104,6 +105,27 @@ class TestTheorem:
         small, large = (flash_traffic(32768, 32768, 64, 2, tile_sizes(64, kib << 10, 2)[1], 64) for kib in (64, 128))
         assert small.total / large.total == pytest.approx(2, rel=0.03)
         assert standard_traffic(32768, 32768, 64, 2).total / small.total == pytest.approx(4, rel=0.03)
+
+
+class TestHeldMatrices:
+    @pytest.mark.parametrize("element_bytes", [2, 4])
+    @pytest.mark.parametrize("on_gpu", [False, True])
+    def test_two_forward_and_more_for_gradients(self, on_gpu, element_bytes):
+        forward, both = (held_matrices("standard", element_bytes, grad, on_gpu=on_gpu) for grad in (False, True))
+        assert forward == 2
+        assert both == (4 if on_gpu else 3)
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_pytorchs_math_is_standard_attention_in_float32(self, grad):
+        """So in half precision every matrix counts twice; on a processor, where memory is measured in tests, nearly."""
+        standard = held_matrices("standard", 4, grad, on_gpu=True)
+        assert held_matrices("torch-math", 4, grad, on_gpu=True) == standard
+        assert held_matrices("torch-math", 2, grad, on_gpu=True) == 2 * standard
+        assert standard < held_matrices("torch-math", 2, grad)
+
+    @pytest.mark.parametrize("on_gpu", [False, True])
+    def test_the_others_hold_none(self, on_gpu):
+        assert held_matrices("torch-flash", 2, True, on_gpu=on_gpu) == 0
 
 
 class TestFlops:

@@ -1,5 +1,6 @@
 """Measurements of things whose time and size are known."""
 
+import importlib.metadata
 import os
 import threading
 import time
@@ -18,6 +19,25 @@ def test_a_sleep_takes_its_time():
     assert evidence.low_ms <= evidence.median_ms <= evidence.high_ms
     assert (evidence.runs, evidence.dtype) == (5, "float32")
     assert evidence.versions["torch"] == torch.__version__
+
+
+def test_packages_of_kernels_are_named_where_they_take_part(monkeypatch):
+    installed = {"triton": "3.6.0", "flash-attn-4": "4.0.0b36"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    measure._kernel_packages.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert measure.versions().items() >= (installed | {"cuda": "13.0"}).items()
+    assert all(type(each) is str for each in measure.versions().values())
+    assert not measure.versions().keys() & {"flash-attn", "flash-attn-3"}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert measure.versions().keys() == {"python", "torch"}
+    measure._kernel_packages.cache_clear()
 
 
 def test_what_happens_only_the_first_time_is_not_timed():

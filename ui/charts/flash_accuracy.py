@@ -75,7 +75,7 @@ def errors(
     if bound:
         fig.add_vline(bound, line={"color": surface.ink, "width": 1.5, "dash": "dash"})
         fig.add_annotation(
-            text="allowed: twice standard's",
+            text="twice standard's",
             x=math.log10(bound),
             y=1,
             yref="paper",

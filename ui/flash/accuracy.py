@@ -64,8 +64,10 @@ def accuracy(given: Settings) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     st.caption(
         plain(
-            "Errors are divided by the outputs' root mean square (rms). A backend counts as correct while its rms "
-            "error is no more than twice standard attention's in the same format. Computed on "
+            "Errors are divided by the outputs' root mean square (rms), and “within twice” compares rms errors with "
+            "standard attention's in the same format. That is a part of the rule by which FlashAttention counts a "
+            "backend as correct, which the Tests tab checks: it holds largest errors and those of gradients to twice "
+            "as well, and lets one rounding to the format come on top. Computed on "
             f"{found.device}; {versions}."
         )
     )

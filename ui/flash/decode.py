@@ -1,4 +1,4 @@
-"""The Decode view: one query against a long cache, where the time is all memory, and the cache read in parts."""
+"""The Decode view: one query against a long cache, where memory sets the pace, and the cache read in parts."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def decode(given: Settings) -> None:
     if started is None:
         st.info(
             "A model that writes has one new query at a time, and all keys and values of what came before (the cache) "
-            "to read for it. There is next to nothing to compute: how long it takes is how fast memory is read. With "
-            "one query there is only one row of tiles, so the cache is split, and the parts are merged exactly.",
+            "to read for it. There is next to nothing to compute, so it cannot be faster than memory is read. With one "
+            "query there is only one row of tiles, which leaves most of a GPU idle: to come near memory's speed, the "
+            "cache is split among its multiprocessors, and the parts are merged exactly.",
             icon=":material/lightbulb:",
         )
     else:

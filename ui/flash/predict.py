@@ -21,6 +21,11 @@ _GUESS = f"{PREFIX}_speedup_guess"
 _FACTORS = ("× 1", "× 2", "× 4", "× 8")
 _SPEEDUPS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0)
 _HEIGHT = 640
+_WHY = {
+    "standard": "It holds the T × T matrix of every head, which becomes four times as large; what else it holds, the "
+    "output above all, only twice.",
+    "flash": "Beyond queries, keys and values it holds the output, and a number or two a row: both grow as T does.",
+}
 
 
 def predict(given: Settings) -> None:
@@ -31,7 +36,7 @@ def predict(given: Settings) -> None:
 
 
 def _guess_memory(params: flash_speed.Params) -> None:
-    lines = {line.name: line for line in _flash_cost.predict(_doubled(params))}
+    lines = {line.name: line for line in _flash_cost.predict(_doubled(params), on_gpu=has_gpu())}
     length = int(lines["standard"].lengths[-1])
     st.markdown(
         plain(
@@ -40,8 +45,8 @@ def _guess_memory(params: flash_speed.Params) -> None:
         )
     )
     for name, question in (
-        ("standard", "**By how much does the memory of standard attention grow?** It holds the T × T matrix."),
-        ("flash", "**And in tiles?** Beyond queries, keys and values, only the output is held."),
+        ("standard", "**By how much does the memory of standard attention grow?**"),
+        ("flash", "**And in tiles?**"),
     ):
         st.markdown(question)
         guess = st.segmented_control(
@@ -53,7 +58,7 @@ def _guess_memory(params: flash_speed.Params) -> None:
         )
         if guess is not None:
             before, after = (float(size) for size in lines[name].peak_bytes[-2:])
-            _judge_growth(guess, before, after)
+            _judge_growth(guess, before, after, _WHY[name])
 
 
 def _doubled(params: flash_speed.Params) -> flash_speed.Params:
@@ -65,14 +70,14 @@ def _mask(params: flash_speed.Params) -> str:
     return "causal" if params.causal else "every token sees every token"
 
 
-def _judge_growth(guess: str, before: float, after: float) -> None:
+def _judge_growth(guess: str, before: float, after: float, why: str) -> None:
     factor = after / before
     nearest = min(_FACTORS, key=lambda one: abs(math.log(_value(one) / factor)))
     words = f"it grows from {bytes_in_words(before)} to {bytes_in_words(after)}, × {factor:.1f}"
     if guess == nearest:
-        st.success(plain(f"Right: {words}."), icon=":material/check_circle:")
+        st.success(plain(f"Right: {words}. {why}"), icon=":material/check_circle:")
     else:
-        st.info(plain(f"You said {guess}; {words}."), icon=":material/lightbulb:")
+        st.info(plain(f"Not {guess}: {words}. {why}"), icon=":material/lightbulb:")
 
 
 def _value(factor: str) -> float:
@@ -142,7 +147,7 @@ def _verdict(found: flash_speed.Result, _: flash_speed.Params) -> None:
         if guess == nearest:
             st.success(plain(f"Well guessed: {words}."), icon=":material/check_circle:")
         else:
-            st.info(plain(f"You said × {guess:g}; {words}."), icon=":material/lightbulb:")
+            st.info(plain(f"Not × {guess:g}: {words}."), icon=":material/lightbulb:")
     elif found.ended != "running":
         st.caption(plain(found.ending))
     fig = charts.over_length(panels(found, TIME), mode=theme.mode())

@@ -9,17 +9,19 @@ from engine.experiments._flash_recorded import P, R, Recorded
 from ui.prose import plain
 
 
-def heading(recorded: Recorded[P, R], shape: str) -> None:
+def heading(recorded: Recorded[P, R], shape: str, *, dashed: bool = True) -> None:
     """A line that says where and when, and one that says of what.
 
     Args:
         recorded: a run.
         shape: what was computed, in words.
+        dashed: whether its lines are.
     """
     found = recorded.found
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    now = "not measured now, so its lines are dashed" if dashed else "not measured now"
     st.markdown(f"#### {plain(found.device.removeprefix('NVIDIA '))}, recorded")
-    st.caption(plain(f"Recorded on an {found.device} on {recorded.date}, {versions}; not measured now. {shape}"))
+    st.caption(plain(f"Recorded on an {found.device} on {recorded.date}, {versions}; {now}. {shape}"))
 
 
 def sweep_in_words(params: flash_speed.Params) -> str:
@@ -30,7 +32,12 @@ def sweep_in_words(params: flash_speed.Params) -> str:
         else f"batch {params.batch}"
     )
     mask = "under a causal mask" if params.causal else "without a mask"
-    return f"{params.dtype}, {batch}, {params.heads} heads of {params.head_dim}, {mask}, {params.direction}."
+    words = f"{params.dtype}, {batch}, {params.heads} heads of {params.head_dim}, {mask}, {params.direction}."
+    if params.tokens == "constant tokens":
+        words += (
+            " As T doubles, the batch halves: what grows as T² for one sequence doubles here, what grows as T stays."
+        )
+    return f"{words} Of what was recorded it is the nearest to the settings, in direction, mask and head width."
 
 
 def decode_in_words(params: flash_decode.Params) -> str:

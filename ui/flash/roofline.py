@@ -38,7 +38,7 @@ def roofline(given: Settings) -> None:
     recorded = recorded_roofline(given.params)
     if recorded is not None:
         found = recorded.found
-        heading(recorded, sweep_in_words(recorded.params))
+        heading(recorded, sweep_in_words(recorded.params), dashed=False)
         fig = charts.roofline(spots(found), found.peaks.flops, found.peaks.bandwidth, mode=theme.mode())
         chart.figure(fig, key=f"{PREFIX}_roofline_recorded", sentence=found.sentence, height=_HEIGHT)
 
@@ -76,8 +76,8 @@ def spots(found: flash_roofline.Result) -> list[Spot]:
 def _hover(point: flash_roofline.Point) -> str:
     return (
         f"<b>{point.label}</b>, T = {point.length:,}, batch {point.batch}<br>"
-        f"{point.intensity:.3g} FLOP a byte, {point.flops_per_second / 1e9:,.3g} GFLOP/s "
-        f"({point.low / 1e9:,.3g} to {point.high / 1e9:,.3g})<br>"
+        f"{flash_roofline.intensity_in_words(point.intensity)} FLOP a byte, "
+        f"{point.flops_per_second / 1e9:,.3g} GFLOP/s ({point.low / 1e9:,.3g} to {point.high / 1e9:,.3g})<br>"
         f"{point.flops_per_second / point.roof:.0%} of what the roof allows here"
     )
 
@@ -98,8 +98,7 @@ def _draw(found: flash_roofline.Result, params: flash_roofline.Params) -> None:
     )
     st.caption(
         plain(
-            f"{found.memory} Speed is measured; the bytes are those of the traffic model. The two lines of the roof "
-            f"meet at {found.peaks.ridge:.3g} FLOP a byte."
+            f"{found.memory} Speed is measured. The two lines of the roof meet at {found.peaks.ridge:.3g} FLOP a byte."
         )
     )
     missing(found.absent, found.stops)

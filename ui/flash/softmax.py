@@ -14,7 +14,6 @@ from ui import chart, export, run, theme
 from ui.charts import flash_softmax as charts
 from ui.charts.flash_softmax import Chunk
 from ui.flash.settings import PREFIX, Settings
-from ui.prose import plain
 
 RUN = f"{PREFIX}_softmax_run"
 SEEN = f"{PREFIX}_chunks"
@@ -138,4 +137,4 @@ def _verdict(found: flash_online.Result, params: flash_online.Params) -> None:
 def _number(value: float) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return plain(f"{value:.4g}").replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")

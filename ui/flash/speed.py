@@ -20,7 +20,7 @@ from ui.flash.measure_button import measure_button
 from ui.flash.missing import missing, provenance
 from ui.flash.points import inverse_spread, lines
 from ui.flash.recorded import heading, sweep_in_words
-from ui.flash.settings import KEPT, PREFIX, Settings
+from ui.flash.settings import KEPT, PREFIX, Settings, has_gpu
 from ui.prose import plain
 
 RUN = f"{PREFIX}_speed_run"
@@ -64,8 +64,8 @@ def _choose_quantity() -> None:
 
 
 def _forecast(params: flash_speed.Params) -> None:
-    """Memory by arithmetic alone: true at once, on any device."""
-    predicted = _flash_cost.predict(params)
+    """Memory by arithmetic alone, for the device that would run it."""
+    predicted = _flash_cost.predict(params, on_gpu=has_gpu())
     fig = charts.over_length([Panel("peak memory, MiB", forecasts=_memory_lines(predicted))], mode=theme.mode())
     key = f"{PREFIX}_forecast"
     chart.figure(fig, key=key, sentence=forecast_sentence(params, predicted), height=_FORECAST_HEIGHT)
@@ -96,7 +96,7 @@ def forecast_sentence(params: flash_speed.Params, predicted: Sequence[_flash_cos
 
 def panels(found: flash_speed.Result, quantity: str, *, recorded: bool = False) -> list[Panel]:
     """Time or speed above, memory below; of a recording without what is predicted."""
-    ends = [stop for stop in found.stops if stop.kind in _DRAWN_STOPS]
+    ends = [stop for stop in found.stops if stop.kind == "time" or (stop.kind == "memory" and stop.needed_bytes > 0)]
     upper_ends = [End(stop.backend, stop.label, stop.length, _DRAWN_STOPS[stop.kind]) for stop in ends]
     lower_ends = [
         End(
@@ -199,6 +199,7 @@ def _recorded(recorded: Recorded[flash_speed.Params, flash_speed.Result]) -> Non
     found, quantity = recorded.found, st.session_state.get(_QUANTITY) or TIME
     fig = charts.over_length(panels(found, quantity, recorded=True), mode=theme.mode())
     chart.figure(fig, key=f"{PREFIX}_speed_recorded", sentence=found.sentence, height=_HEIGHT)
+    missing(found.absent, found.stops)
 
 
 def _draw(found: flash_speed.Result, params: flash_speed.Params) -> None:
@@ -210,8 +211,11 @@ def _draw(found: flash_speed.Result, params: flash_speed.Params) -> None:
         st.info(plain(found.ending), icon=":material/info:")
     export.export(fig, key=key, name="flash-speed", experiment="flash_speed", params=params, data=lambda: table(found))
     st.caption(
-        "Dashed: memory by the books, and no time can be shorter, which is the longer of computing and moving bytes at "
-        "this device's measured peaks; kernels do more than these count, such as exponentials."
+        "Dashed: memory by the books, and for time the longer of computing and moving bytes at this device's measured "
+        "peaks. That is a model: exponentials, starting kernels and the mask's pass take longer than it says, and what "
+        "caches hold comes faster. Flash attention is counted to move every tensor once, so none of its kernels can be "
+        "faster unless the tensors fit into caches; standard attention moves its matrix at every step, and may be "
+        "faster where that is short enough for them."
     )
     if not found.on_gpu and found.ended != "running":
         st.caption(

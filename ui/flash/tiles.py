@@ -157,7 +157,7 @@ def tile_sentence(found: flash_tiles.Result, params: flash_tiles.Params, step: i
     steps = len(found.query_block)
     if step >= steps:
         left_out = int(found.skipped.sum())
-        words = f"All {steps} tiles are done"
+        words = f"All {steps} tiles are done" if steps > 1 else "The only tile is done"
         if left_out:
             words += f", {left_out} of them skipped: the causal mask hides all of what is in them"
         return f"{words}. The whole matrix of {params.length} × {params.length} scores was never there at once."
@@ -184,9 +184,10 @@ def _is_first(found: flash_tiles.Result, step: int) -> bool:
 def traffic_sentence(found: flash_tiles.Result, step: int) -> str:
     """The bytes so far, and what the end of it is worth."""
     read, written = _moved(found, step)
+    when = "before this step" if step < len(found.query_block) else "in all"
     return (
         f"Between the card's main memory (HBM) and the small fast memory on the chip: {amount(read)} read and "
-        f"{amount(written)} written before this step; the dashed line is where it ends. Standard attention writes the "
+        f"{amount(written)} written {when}; the dashed line is where it ends. Standard attention writes the "
         f"whole matrix of scores and reads it back, twice. {found.sentence}"
     )
 
