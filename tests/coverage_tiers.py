@@ -91,6 +91,7 @@ TIERS = (
             "engine/__main__.py",
         ),
     ),
+    Tier("expert", 80, 70, ("engine/moe",)),
     Tier("pages", 90, 80, ("ui", "app_pages", "app.py")),
 )
 
