@@ -1,9 +1,9 @@
 """Watch a router collapse, and cure it: a small mixture-of-experts language model, trained live on five languages.
 
 Nothing is rigged: router, experts and learning rate start as in any model. What brings the collapse about can be tried
-out. With the defaults (seed 0, 120 steps, float32 on a CPU) 10 of 16 experts end without a token. With a frozen router
-it is 4: early in training the tokens come to look alike, so that fixed directions alone part them unevenly. With frozen
-experts it is none, and with two experts a token, whose gates then sum to 1, none either: the rest is what chosen
+out. After 120 steps of the defaults (seed 0, float32 on a CPU) 10 of 16 experts are without a token. With a frozen
+router it is 4: early in training the tokens come to look alike, so that fixed directions alone part them unevenly. With
+frozen experts it is none, and with two experts a token, whose gates then sum to 1, none either: the rest is what chosen
 experts learn and the router's learning to choose them again. Higher rates undo a part of it later on.
 
 Legend: S steps taken, M checkups, E experts, J sources, K experts a token.

@@ -304,4 +304,4 @@ def _compare(mixture: Point, dense: Point, words: str) -> str:
         said += ": the spreads overlap, so these runs show no difference"
     else:
         said += f", {ratio:.2g} times as long" if ratio >= 1 else f", the mixture {1 / ratio:.2g} times as long"
-    return f"{said}; its arithmetic is {dense.flops / mixture.flops:.2g} times as much."
+    return f"{said}; the dense layer computes {dense.flops / mixture.flops:.2g} times as much."

@@ -65,7 +65,7 @@ class SelectionBias(nn.Module):
         self.register_buffer("nudges", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)
         self._waiting = False
-        self.register_state_dict_pre_hook(lambda bias, *_: bias.settle())
+        self.register_state_dict_pre_hook(_settle_before_saving)
 
     def watch(self, gates: Tensor, load: Callable[[], Tensor]) -> Tensor:
         """`gates` as they are; when their gradient is computed, `load()` (E,) counts."""
@@ -95,6 +95,10 @@ class SelectionBias(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"{self.values.numel()}, rate={self.rate:g}"
+
+
+def _settle_before_saving(bias: SelectionBias, *_: object) -> None:
+    bias.settle()
 
 
 @torch.compiler.disable

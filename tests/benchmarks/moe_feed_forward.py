@@ -30,14 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.measure import ceilings, device_name, measure_time, peak_memory
+from engine.measure import ceilings, device_name, measure_time, peak_memory, versions
 from engine.moe import feed_forward, rows
 from engine.moe.feed_forward import MoEFeedForward
 from engine.moe.grouped import Groups, grouped_product, looped_product, obstacle
 from engine.moe.observation import observing
 from engine.moe.routing import Routing
 from engine.moe.rows import Assignments, combine, gather, silu_times
-from tests.benchmarks.flash_attention import installed
 
 TARGET = 500
 """TFLOP/s of the forward pass."""
@@ -359,7 +358,7 @@ def main() -> int:
         "what": "A mixture of experts in bfloat16, by tests/benchmarks/moe_feed_forward.py",
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "versions": installed(),
+        "versions": versions(),
         "size": size._asdict(),
     }
 

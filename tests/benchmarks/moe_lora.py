@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.measure import ceilings, device_name, measure_time, peak_memory
+from engine.measure import ceilings, device_name, measure_time, peak_memory, versions
 from engine.moe.lora import MoELoRALayer, MoELoRALinear, cheaper_form
 from engine.moe.observation import observing
-from tests.benchmarks.flash_attention import installed
 
 DTYPE = torch.bfloat16
 TARGET_MS, TARGET_BYTES = 2.56, 1.30e9
@@ -104,7 +103,7 @@ def forward(size: Size, device: str) -> dict[str, Any]:
         "router": lambda x: chosen.router.route(x).gates,
         "base layer + mixture": MoELoRALinear(base, chosen),
     }
-    print(f"forward, {size}; the mixture chooses: {cheaper_form(chosen, size.num_tokens, torch.device(device).type)}")
+    print(f"forward, {size}; the mixture chooses: {cheaper_form(chosen, torch.device(device).type)}")
     rows: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for name, function in functions.items():
@@ -154,7 +153,7 @@ def main() -> int:
         "what": "A mixture of LoRA experts in bfloat16, by tests/benchmarks/moe_lora.py",
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "versions": installed(),
+        "versions": versions(),
     }
 
     def keep(**part: Any) -> None:

@@ -318,6 +318,9 @@ class TestSentences:
         words = two_inputs.others_sentence(found, moe_lora_split.Params(seed=2))
         parted = 1 + sum(other is not None for other in others)
         assert f"Of seeds 2 to {2 + len(others)}, {parted} of {1 + len(others)}" in words
+        assert "a fresh router would part about 50%" in words
+        alike = two_inputs.others_sentence(found, moe_lora_split.Params(seed=2, similarity=0.5))
+        assert "a fresh router would part about 33%" in alike
 
     def test_tables_hold_every_number(self):
         found = result()

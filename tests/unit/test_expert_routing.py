@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -400,3 +401,14 @@ class TestModule:
         assert layer(x)[1].shape == (2,)
         assert layer.route(x).num_tokens == 1
         torch.testing.assert_close(layer(x)[0], F.softmax(layer.weight @ x, dim=0))
+
+
+def test_it_can_be_pickled_and_is_the_same():
+    router = ExpertRouter(16, 4, bias_rate=0.1)
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        router.selection_bias[1] = 3.0
+    again = pickle.loads(pickle.dumps(router))
+    for mine, theirs in zip(again(x), router(x), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(again.state_dict()["balancer.values"], router.selection_bias)

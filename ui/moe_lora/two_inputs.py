@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -86,10 +88,11 @@ def others_sentence(found: moe_lora_split.Result, params: moe_lora_split.Params)
     rounds = [found.settled, *found.others]
     parted = [when for when in rounds if when is not None]
     first, last = params.seed, params.seed + len(found.others)
+    chance = math.acos(params.similarity) / math.pi  # that a random plane lies between two vectors at this angle
     words = f"Of seeds {first} to {last}, {len(parted)} of {len(rounds)} end on different experts"
     if parted and params.bias_rate:
         words += f", the latest from round {max(parted)} on"
-    return f"{words}. By chance, and if nothing pushed them, it would be about half."
+    return f"{words}. If nothing pushed them, a fresh router would part about {chance:.0%}."
 
 
 def rounds_table(found: moe_lora_split.Result) -> pd.DataFrame:
