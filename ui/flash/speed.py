@@ -35,8 +35,7 @@ def speed(given: Settings) -> None:
     params: flash_speed.Params = given.params
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
         started = measure_button("flash_speed", params, key=RUN)
-        if started is not None:
-            _choose_quantity()
+        _choose_quantity()
     if started is None:
         _forecast(params)
     else:
@@ -44,8 +43,6 @@ def speed(given: Settings) -> None:
     recorded = recorded_speed(params)
     if recorded is not None:
         heading(recorded, sweep_in_words(recorded.params))
-        if started is None:
-            _choose_quantity()
         _recorded(recorded)
 
 
