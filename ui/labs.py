@@ -136,8 +136,8 @@ ROUTER = Lab(
     starts=(
         Start("Follow one token to its experts"),
         Start("Colour a text by expert", {"view": "A text"}),
-        Start("Watch a router collapse, then cure it", {"view": "Collapse"}),
-        Start("Fill the experts until tokens are dropped", {"view": "A text", "capacity_factor": "0.8"}),
+        Start("See a router collapse, then cure it", {"view": "Collapse"}),
+        Start("Fill experts until tokens drop", {"view": "A text", "capacity_factor": "0.8"}),
     ),
 )
 
