@@ -4,20 +4,14 @@ Where there is no GPU the checks run through Triton's interpreter, which must be
 process of its own, `python -m tests.unit.test_flash_triton`.
 """
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from engine.flash.backends import standard_attention
+from tests.interpreter import report, run_in_interpreter
 
-ROOT = Path(__file__).parents[2]
 SHAPES = (  # batch, heads, key heads, queries, keys, width
     (1, 1, 1, 32, 32, 16),
     (2, 2, 2, 70, 70, 64),
@@ -160,17 +154,7 @@ CHECKS = {name: check for name, check in globals().items() if name.startswith("c
 @pytest.fixture(scope="module")
 def interpreted():
     """What failed in the interpreter, by the check's name."""
-    pytest.importorskip("triton", reason="torch brings it on Linux")
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.unit.test_flash_triton"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr[-2000:]
-    return json.loads(completed.stdout.splitlines()[-1])
+    return run_in_interpreter("tests.unit.test_flash_triton")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -203,16 +187,5 @@ def test_it_is_within_reach_of_torchs_flash_kernel(head_dim, causal):
         assert theirs / ours >= 0.6, (length, ours, theirs)
 
 
-def _run_all() -> dict[str, str]:
-    found = {}
-    for name, one in CHECKS.items():
-        try:
-            one("cpu")
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    report(CHECKS)

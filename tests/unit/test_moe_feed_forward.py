@@ -5,12 +5,6 @@ chosen before Triton is imported: `python -m tests.unit.test_moe_feed_forward`.
 """
 
 import copy
-import json
-import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -25,8 +19,7 @@ from engine.moe.feed_forward import MoEFeedForward, load_mixtral_block
 from engine.moe.observation import observing
 from engine.moe.routing import ExpertRouter
 from engine.moe.rows import Assignments, combine, gather, silu_times
-
-ROOT = Path(__file__).parents[2]
+from tests.interpreter import report, run_in_interpreter
 
 
 def layer_and_input(seed, shape=(2, 9, 16), ffn_dim=24, num_experts=4, top_k=2, dtype=torch.float32, **routing):
@@ -438,17 +431,7 @@ CHECKS = {name: check for name, check in globals().items() if name.startswith("c
 @pytest.fixture(scope="module")
 def interpreted():
     """What failed in the interpreter, by the check's name."""
-    pytest.importorskip("triton", reason="torch brings it on Linux")
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.unit.test_moe_feed_forward"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr[-2000:]
-    return json.loads(completed.stdout.splitlines()[-1])
+    return run_in_interpreter("tests.unit.test_moe_feed_forward")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -494,16 +477,5 @@ def test_the_rows_gradients_are_right(device, monkeypatch):
             torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
 
 
-def _run_all() -> dict[str, str]:
-    found = {}
-    for name, one in CHECKS.items():
-        try:
-            one("cpu")
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    report(CHECKS)

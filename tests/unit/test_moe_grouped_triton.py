@@ -4,20 +4,13 @@ Where there is no GPU the checks run through Triton's interpreter, which must be
 process of its own, `python -m tests.unit.test_moe_grouped_triton`.
 """
 
-import json
-import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from engine.moe.grouped import Groups
+from tests.interpreter import report, run_in_interpreter
 
-ROOT = Path(__file__).parents[2]
 COUNTS = ([3, 4, 5], [0, 12, 0], [12, 0, 0], [0, 0, 12], [1, 40, 0, 17], [0, 0], [16, 32])
 SIZES = ((16, 32), (32, 16), (40, 24), (64, 48))  # inputs, outputs
 
@@ -90,17 +83,7 @@ CHECKS = {name: check for name, check in globals().items() if name.startswith("c
 @pytest.fixture(scope="module")
 def interpreted():
     """What failed in the interpreter, by the check's name."""
-    pytest.importorskip("triton", reason="torch brings it on Linux")
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.unit.test_moe_grouped_triton"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr[-2000:]
-    return json.loads(completed.stdout.splitlines()[-1])
+    return run_in_interpreter("tests.unit.test_moe_grouped_triton")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -114,16 +97,5 @@ def test_on_the_gpu(name):
     CHECKS[name]("cuda")
 
 
-def _run_all() -> dict[str, str]:
-    found = {}
-    for name, one in CHECKS.items():
-        try:
-            one("cpu")
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    report(CHECKS)

@@ -4,13 +4,7 @@ Where there is no GPU the checks run through Triton's interpreter, which must be
 process of its own, `python -m tests.unit.test_quantization_kernels`.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +16,8 @@ from engine.quantization.data_types import data_type
 from engine.quantization.grouping import per_block
 from engine.quantization.production import get_model_memory_mb, quantize_model_4bit, quantize_model_8bit
 from engine.quantization.tensor import QuantizedTensor, _quantize_scales, quantize
+from tests.interpreter import report, run_in_interpreter
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 512, 4096)
 COUNTS = (8192, 5000, 777, 2, 1)
@@ -207,12 +201,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 @pytest.fixture(scope="module")
 def interpreted():
     """What every check said through the interpreter: nothing, or how it failed."""
-    pytest.importorskip("triton", reason="torch brings it on Linux")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.unit.test_quantization_kernels"]
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return run_in_interpreter("tests.unit.test_quantization_kernels")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -380,16 +369,5 @@ def test_adapters_on_a_quantized_model_learn_the_same_on_cuda(dtype):
     assert losses["cuda"] == pytest.approx(losses["cpu"], abs=8 * torch.finfo(dtype).eps + 1e-3)
 
 
-def _run_all() -> dict[str, str]:
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check("cpu")
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    report(CHECKS)
