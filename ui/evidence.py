@@ -1,10 +1,10 @@
-"""The evidence card of a measured time: where and how it was measured, and how much it varied."""
+"""Where and how something was measured, and how much it varied: a card for one time, a line for a whole result."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import streamlit as st
 
@@ -41,3 +41,25 @@ def rows(facts: Mapping[str, Any]) -> dict[str, str]:
         "what was computed": facts["shape"],
         **{f"{name} version": version for name, version in facts["versions"].items()},
     }
+
+
+class Measured(Protocol):
+    """What a result says about its own making.
+
+    Attributes:
+        device: its name.
+        versions: of what took part, by name.
+        evidence: how it was measured, a line each.
+    """
+
+    device: str
+    versions: dict[str, str]
+    evidence: tuple[str, ...]
+
+
+def provenance(found: Measured) -> None:
+    """Device and versions, and behind them how it was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    with st.expander(plain(f"Measured on {found.device}; {versions}"), icon=":material/speed:"):
+        for line in found.evidence:
+            st.markdown(plain(f"{line[0].upper()}{line[1:]}."))

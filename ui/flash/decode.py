@@ -12,11 +12,12 @@ from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts import flash_tiles
 from ui.charts.flash import Panel, short
-from ui.flash.measure_button import measure_button
-from ui.flash.missing import missing, provenance
+from ui.evidence import provenance
+from ui.flash.missing import missing
 from ui.flash.points import inverse_spread, lines
 from ui.flash.recorded import decode_in_words, heading
 from ui.flash.settings import PREFIX, Settings
+from ui.measure_button import measure_button
 from ui.prose import plain
 
 RUN = f"{PREFIX}_decode_run"

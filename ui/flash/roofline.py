@@ -10,10 +10,11 @@ from engine.experiments._flash_recorded import recorded_roofline
 from ui import chart, export, run, theme
 from ui.charts import flash_roofline as charts
 from ui.charts.flash_roofline import Spot, Track
-from ui.flash.measure_button import measure_button
-from ui.flash.missing import missing, provenance
+from ui.evidence import provenance
+from ui.flash.missing import missing
 from ui.flash.recorded import heading, sweep_in_words
 from ui.flash.settings import PREFIX, Settings
+from ui.measure_button import measure_button
 from ui.prose import plain
 
 RUN = f"{PREFIX}_roofline_run"

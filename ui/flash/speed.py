@@ -16,11 +16,12 @@ from engine.experiments._flash_recorded import Recorded, recorded_speed
 from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts.flash import MIB, End, Forecast, Panel
-from ui.flash.measure_button import measure_button
-from ui.flash.missing import missing, provenance
+from ui.evidence import provenance
+from ui.flash.missing import missing
 from ui.flash.points import inverse_spread, lines
 from ui.flash.recorded import heading, sweep_in_words
 from ui.flash.settings import KEPT, PREFIX, Settings, has_gpu
+from ui.measure_button import measure_button
 from ui.prose import plain
 
 RUN = f"{PREFIX}_speed_run"

@@ -13,8 +13,8 @@ from engine.experiments.router_cost import LABELS, Layer, Point, Size
 from ui import chart, export, run, theme
 from ui.charts import router_cost as charts
 from ui.charts.router_cost import Line
-from ui.flash.measure_button import measure_button
-from ui.flash.missing import provenance
+from ui.evidence import provenance
+from ui.measure_button import measure_button
 from ui.prose import plain
 from ui.router.settings import KEPT, PREFIX, Settings
 
