@@ -1,10 +1,11 @@
 # Two commands: `make run` serves the workbench, `make test` runs the whole suite. Both set up what they need once.
+# A part of the suite: `make test-TIER`, where TIER is foundation, core, advanced, expert or integration.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PORT   ?= 8501
 
-.PHONY: run test lint clean
+.PHONY: run test lint browser clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.ready
@@ -15,9 +16,22 @@ test: $(VENV)/.ready-dev lint
 	$(BIN)/python -m pytest --cov --cov-report=json --cov-report=term:skip-covered
 	$(BIN)/python tests/coverage_tiers.py coverage.json
 
+# The tests of one tier, up to the first failure, and its own bound; coverage.json is the whole suite's alone.
+test-%: $(VENV)/.ready-dev
+	$(BIN)/python -m coverage erase
+	files=$$($(BIN)/python tests/coverage_tiers.py --tests $*) && \
+	  $(BIN)/python -m pytest -x --cov --cov-report=json:coverage-$*.json --cov-report= $$files
+	$(BIN)/python tests/coverage_tiers.py coverage-$*.json $*
+
+# For the browser tests, where the system has no Chromium of its own.
+browser: $(VENV)/.ready-dev
+	$(BIN)/playwright install --with-deps chromium
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --no-progress --strict-collection --pedantic .github
 
 # Installed once, and again only when a requirements file changes.
 $(VENV)/.ready: requirements.txt requirements-model.txt
@@ -36,4 +50,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis coverage.json
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis coverage.json coverage-*.json

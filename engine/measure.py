@@ -9,6 +9,7 @@ shows in the spread.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,14 +158,20 @@ def _measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * side**3 / product.low_ms * 1e3, 2 * source.nbytes / copy.low_ms * 1e3, product, copy)
 
 
-def peak_memory(function: Callable[[], object], device: str) -> int:
+def peak_memory(function: Callable[[], object], device: str, *, alone: bool = True) -> int:
     """Bytes that `function` allocates at its peak, beyond what was there: CUDA's allocator, the CPU's profiler.
+
+    Garbage is collected first: what stood in cycles, as bitsandbytes' 4-bit weights do, and was freed on the way would
+    otherwise be subtracted.
 
     Args:
         function: what to weigh.
         device: torch device.
+        alone: whether to hold the device; not where `function` includes measurements that are made only while nothing
+            else is being measured, as `FlashAttention` does to choose its kernel.
     """
-    with exclusive(device):
+    with exclusive(device) if alone else nullcontext():
+        gc.collect()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)

@@ -269,14 +269,14 @@ def kv_cache_bytes(plan: Plan) -> int:
 def _reading_a_prompt(plan: Plan) -> tuple[Moment, ...]:
     """What is held in a block, where its feed-forward network holds most, and at the head.
 
-    Until then the block has its input and its caller's, the norm's output, queries and heads. The network adds gate,
-    up, silu(gate) and their product or, once silu(gate) is gone, its output and a matrix that is unpacked for it.
+    Until then the block has its input and its caller's, the norm's output and heads. The network adds gate, up,
+    silu(gate) and their product or, once silu(gate) is gone, its output and a matrix that is unpacked for it.
     """
     config, N, w = plan.config, plan.tokens, plan.width
     D, F, V = config.d_model, config.ffn_dim, config.vocab_size
     held = {**_weights(plan), "KV cache": kv_cache_bytes(plan), **_workspace(plan)}
     table = 4 * plan.length * config.head_dim
-    attended = N * (3 * D + 2 * config.num_heads * config.head_dim) * w
+    attended = N * (3 * D + config.num_heads * config.head_dim) * w
     fed = max(4 * N * F * w, N * (3 * F + D) * w + _unpacked_in_block(plan))
     temporary = {
         "a block that reads the prompt": {"temporary tensors": table + attended + fed},

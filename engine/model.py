@@ -179,9 +179,12 @@ class Block(nn.Module):
         Nothing is saturated here, unlike in `MultiHeadAttention.project`: the norm bounds what is projected.
         """
         attention = self.self_attn
+        heads, groups, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        query, key, value = map(attention.split_heads, together(projections, self.input_layernorm(x)))
-        return rotate(query, table), rotate(key, table), value
+        query, key, value = together(projections, self.input_layernorm(x))  # (B, T, H·d), (B, T, G·d) twice
+        both = torch.cat([query, key], dim=-1).unflatten(-1, (-1, width))  # (B, T, H + G, d), turned at once
+        query, key = rotate(both, table[:, None]).split_with_sizes([heads, groups], dim=2)
+        return query.transpose(1, 2), key.transpose(1, 2), attention.split_heads(value)
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) → (B, T, D) at the positions of `table`; with a cache, x continues what is in it."""
@@ -189,6 +192,7 @@ class Block(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)  # (B, G, S, d)
         heads = self.attention(query, key, value)  # (B, H, T, d)
+        del query, key, value  # or they would be held through the feed-forward network
         x = x + self.dropout(self.self_attn.o_proj(heads.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 

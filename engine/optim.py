@@ -56,6 +56,11 @@ def PagedAdamW(
     On CUDA this is bitsandbytes' `PagedAdamW`, which pages the state of tensors of 100,000 numbers or more. On the CPU,
     where there is nothing to page, it is `torch.optim.AdamW`, and a log message says so once.
 
+    PyTorch's allocator knows nothing of the paged memory, so that neither `torch.cuda.max_memory_allocated` nor a
+    `StepReport`'s `memory_bytes` counts it, though some of it may be on the GPU. bitsandbytes' page manager holds on to
+    it until the process ends: an optimizer that is gone frees nothing, and one whose state is cleared, as where a
+    `Trainer` starts another run, takes as much again.
+
     Args:
         params: as for `torch.optim.AdamW`; all on one kind of device.
         lr: learning rate.

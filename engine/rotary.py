@@ -58,6 +58,8 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate `x` (..., T, d) by the angles of a `RotaryEmbedding.table` (T, 2, d/2); the shape and dtype stay.
 
+    A table with more dimensions, (T, 1, 2, d/2) say, turns an `x` that has them too, (..., T, H, d).
+
     Computes in float32 at least. The inverse of a rotation is its transpose, so that the gradient is rotated back by
     the same table, and nothing else is saved for it.
     """
@@ -76,7 +78,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, table: Tensor, direction: int) -> Tensor:
-    cos, sin = table[:, :1], table[:, 1]  # (T, 1, d/2), (T, d/2)
+    cos, sin = table[..., :1, :], table[..., 1, :]  # (T, 1, d/2), (T, d/2)
     planes = x.unflatten(-1, (2, -1))  # (..., T, 2, d/2)
     turned = planes * cos
     turned[..., 0, :].addcmul_(planes[..., 1, :], sin, value=-direction)

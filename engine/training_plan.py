@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from engine.architecture import ModelConfig
+from engine.architecture import ATTENTION, FEED_FORWARD, ModelConfig
 from engine.errors import InputError
 
 Method = Literal["full fine-tuning", "LoRA", "generation"]
 Weights = Literal["float32", "bfloat16", "int8", "nf4", "nf4, double quantized"]
 Optimizer = Literal["AdamW", "AdamW 8-bit", "paged AdamW", "paged AdamW 8-bit"]
-ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_PROJECTIONS = (*ATTENTION, *FEED_FORWARD)
 
 
 @dataclass(frozen=True)

@@ -27,3 +27,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def no_kernel_is_chosen():
+    """What other tests have timed decides on nothing: FlashAttention starts with the kernel that needs no start."""
+    from engine.flash import choice
+
+    choice.forget()
+    yield
+    choice.forget()

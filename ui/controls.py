@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -18,8 +19,10 @@ import annotated_types
 import streamlit as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from streamlit.delta_generator import DeltaGenerator
 
 from engine.experiments import ExperimentParams, sentence
+from ui import links
 from ui.prose import plain
 
 Params = TypeVar("Params", bound=ExperimentParams)
@@ -27,7 +30,6 @@ Number = int | float
 
 _MANY_OPTIONS = 4
 _STEPS = 100
-_QUOTED = 40
 _SEED = "seed"
 _BIND: dict[str, Any] = {"bind": "query-params"}
 
@@ -79,7 +81,7 @@ class _Field:
     def allowed(self) -> str:
         """What may be given, in words."""
         if self.options is not None:
-            return "one of " + ", ".join(self.name(option) for option in self.options)
+            return links.one_of([self.name(option) for option in self.options])
         if self.kind is bool:
             return "true or false"
         if self.kind is str:
@@ -111,7 +113,14 @@ class _Field:
             return False
 
 
-def controls(model: type[ExperimentParams], *, prefix: str, fields: Sequence[str], **looks: Look) -> dict[str, Any]:
+def controls(
+    model: type[ExperimentParams],
+    *,
+    prefix: str,
+    fields: Sequence[str],
+    notes: DeltaGenerator | None = None,
+    **looks: Look,
+) -> dict[str, Any]:
     """Draw a widget for each of `fields` and return what they hold.
 
     A whole number or a number with bounds becomes a slider, one without a number field, and so does a seed, which is a
@@ -124,6 +133,7 @@ def controls(model: type[ExperimentParams], *, prefix: str, fields: Sequence[str
         model: the experiment's parameters.
         prefix: the lab's; widget keys and URL parameters are ``f"{prefix}_{field}"``.
         fields: what to draw, in this order.
+        notes: where notes go, for controls that are folded away; without it each stands below its control.
         looks: by field, what differs from the model in this call.
 
     Returns:
@@ -135,7 +145,8 @@ def controls(model: type[ExperimentParams], *, prefix: str, fields: Sequence[str
         linked = st.query_params.get(spec.key) if spec.key not in st.session_state else None
         _keep_in_bounds(spec)
         values[field] = _draw(spec)
-        _note_ignored(spec, linked, values[field])
+        with notes or nullcontext():
+            _note_ignored(spec, linked, values[field])
     return values
 
 
@@ -277,7 +288,4 @@ def _note_ignored(spec: _Field, linked: str | None, value: Any) -> None:
     if value != instead:
         del st.session_state[memory]
         return
-    shown = given if len(given) <= _QUOTED else given[:_QUOTED] + "…"
-    used = spec.name(instead) if spec.options is not None else instead
-    note = f"The link sets {spec.label} to “{shown}”, but it must be {spec.allowed()}. {used} is used instead."
-    st.warning(plain(note), icon=":material/link_off:")
+    links.ignored(spec.label, given, spec.allowed(), spec.name(instead) if spec.options is not None else str(instead))

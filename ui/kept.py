@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from engine.experiments import ExperimentParams
 from ui import controls
@@ -54,12 +55,18 @@ class Kept:
                 st.query_params[key] = text
 
     def controls(
-        self, model: type[ExperimentParams], *, prefix: str, fields: Sequence[str], **looks: Look
+        self,
+        model: type[ExperimentParams],
+        *,
+        prefix: str,
+        fields: Sequence[str],
+        notes: DeltaGenerator | None = None,
+        **looks: Look,
     ) -> dict[str, Any]:
         """`ui.controls.controls`, with a memory."""
         for field in fields:
             self.restore(f"{prefix}_{field}")
-        values = controls.controls(model, prefix=prefix, fields=fields, **looks)
+        values = controls.controls(model, prefix=prefix, fields=fields, notes=notes, **looks)
         for field, value in values.items():
             look = looks.get(field, Look())
             text = str(value).lower() if isinstance(value, bool) else "" if value is None else look.name(value)

@@ -155,4 +155,18 @@ MOE_LORA = Lab(
     ),
 )
 
-LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY, FLASH, ROUTER, MOE_LORA)
+FULL_MODEL = Lab(
+    url_path="full_model",
+    title="Whole model",
+    question="What does each technique buy when all work together?",
+    icon=":material/stacked_bar_chart:",
+    script="app_pages/full_model.py",
+    starts=(
+        Start("See what every switch moves"),
+        Start("Start from nothing", {"lora": "false", "quantization": "false", "flash": "false", "moe": "false"}),
+        Start("Train it, and hear what it says", {"view": "Training"}),
+        Start("Take each technique away in turn", {"view": "Ablation"}),
+    ),
+)
+
+LABS = (ATTENTION, TRAINING, LORA, QUANTIZATION, MEMORY, FLASH, ROUTER, MOE_LORA, FULL_MODEL)

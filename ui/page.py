@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import streamlit as st
 
+from ui import links
 from ui.labs import Lab
 
 Settings = TypeVar("Settings")
@@ -36,7 +37,8 @@ def lab(
 ) -> None:
     """Draw the lab `about`.
 
-    The open tab is a fragment: a control redraws the tab and leaves the rest of the app alone.
+    The open tab is a fragment: a control redraws the tab and leaves the rest of the app alone. What a link sets and no
+    choice on the page can be is said above the tab's contents.
 
     Args:
         about: the lab's entry in `ui.labs`.
@@ -47,22 +49,25 @@ def lab(
         code: draws the Code tab, which needs no settings.
         tests: draws the Tests tab.
     """
+    prefix = about.url_path
     drawn = {EXPLORE: explore, PREDICT: predict, CODE: code and (lambda _: code()), TESTS: tests}
     contents = {name: draw for name, draw in drawn.items() if draw is not None}
 
     @st.fragment
     def body(name: str) -> None:
         left, right = st.columns([1, 3], gap="medium")
-        with left:
-            settings = controls()
-        with right:
-            if settings is None and name != CODE:
-                st.caption(NOTHING_TO_SHOW)
-            else:
-                contents[name](settings)
+        with links.noting(right.container(), memory=f"_links_{prefix}", prefix=prefix):
+            with left:
+                settings = controls()
+            with right:
+                if settings is None and name != CODE:
+                    st.caption(NOTHING_TO_SHOW)
+                else:
+                    contents[name](settings)
 
     st.title(about.question, anchor=False)
-    tabs = st.tabs(list(contents), key=f"{about.url_path}_tab", on_change="rerun", bind="query-params")
+    with links.noting(st.container(), memory=f"_links_{prefix}_tab", prefix=prefix):
+        tabs = st.tabs(list(contents), key=f"{prefix}_tab", on_change="rerun", bind="query-params")
     for name, tab in zip(contents, tabs, strict=True):
         if tab.open:
             with tab:

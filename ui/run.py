@@ -178,6 +178,7 @@ def watch(
     *,
     key: str,
     height: int = 360,
+    before: Callable[[], None] | None = None,
 ) -> None:
     """Have `draw` draw the result of `experiment` as it grows, and in the same place when it is there.
 
@@ -190,7 +191,8 @@ def watch(
         params: its parameters.
         draw: draws a result, partial or not, given the parameters that it belongs to; called in a fragment.
         key: what the result is for on this page; one job at a time.
-        height: of what stands there until something is shown, in pixels.
+        height: of the empty space that stands there until something is shown, in pixels.
+        before: draws what stands there until then instead.
     """
     runtime = workbench()
     if runtime is None:
@@ -199,7 +201,7 @@ def watch(
     slot = _settled(_asked(runtime, experiment, params, key), key, 0)
     if running and slot.ticket is None:  # what has been drawn above is of a job that runs
         st.rerun()
-    st.fragment(_watch, run_every=None if slot.ticket is None else WATCH_POLL)(key, draw, height)
+    st.fragment(_watch, run_every=None if slot.ticket is None else WATCH_POLL)(key, draw, height, before)
 
 
 def latest(key: str) -> Any | None:
@@ -310,7 +312,12 @@ def _progress(key: str) -> None:
     _show_progress(slot, key, _status(slot.ticket, slot.params), _seen(slot))
 
 
-def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int) -> None:
+def _watch(
+    key: str,
+    draw: Callable[[Any, ExperimentParams], None],
+    height: int,
+    before: Callable[[], None] | None = None,
+) -> None:
     """How the job of `key` is doing, above what it has shown or its result."""
     slot = _slot(key)
     if slot is None or slot.params is None:  # it is to be asked for again, which only the page does
@@ -329,6 +336,8 @@ def _watch(key: str, draw: Callable[[Any, ExperimentParams], None], height: int)
         draw(partial, slot.params)
     elif slot.result is not None:
         draw(slot.result, slot.result_params)
+    elif before is not None:
+        before()
     elif slot.ticket is not None:
         st.skeleton(height=height)
 

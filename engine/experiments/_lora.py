@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine import catalogue
-from engine.architecture import ModelConfig
+from engine.architecture import ATTENTION, FEED_FORWARD, ModelConfig
 from engine.errors import InputError
 from engine.finetuning import Method
 from engine.finetuning.facts import Fact, parse_facts, read_facts
@@ -42,13 +42,11 @@ __all__ = [
 ModelName = Literal["storyteller", "smollm2-135m"]
 Targets = Literal["all", "attention", "feed-forward", "query and value"]
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 TARGETS: dict[Targets, tuple[str, ...]] = {
-    "all": (*_ATTENTION, *_FEED_FORWARD),
-    "attention": _ATTENTION,
-    "feed-forward": _FEED_FORWARD,
+    "all": (*ATTENTION, *FEED_FORWARD),
+    "attention": ATTENTION,
+    "feed-forward": FEED_FORWARD,
     "query and value": ("q_proj", "v_proj"),
 }
 """Which projections of every layer are adapted."""

@@ -196,13 +196,11 @@ class Recorded:
         rows: every plan that was measured.
         paged: the paged optimizer's run as `memory_paged.Result` says it, as plain values; None if it failed.
         provenance: where, when and with what, in a few words.
-        quantizes_head: whether a head was in few bits where the other matrices were.
     """
 
     rows: tuple[RecordedRow, ...]
     paged: dict[str, Any] | None
     provenance: str
-    quantizes_head: bool
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +213,7 @@ def read(path: Path) -> Recorded:
     """A file that tests/benchmarks/memory_prediction.py has written; rows that failed are left out."""
     log = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {log['versions'][name]}" for name in ("torch", "bitsandbytes"))
-    config = ModelConfig(**{name: log["model"][name] for name in ModelConfig.model_fields})
+    config = ModelConfig(**{name: value for name, value in log["model"].items() if name in ModelConfig.model_fields})
     rows = tuple(
         RecordedRow(entry["row"], _plan(config, entry["plan"]), entry["predicted"]["peak"], entry["measured"]["peak"])
         for entry in log["rows"]
@@ -225,10 +223,9 @@ def read(path: Path) -> Recorded:
         rows,
         None if "error" in log["paged"] else log["paged"],
         f"recorded on an {log['device'].removeprefix('NVIDIA ')}, {log['recorded']}, {versions}",
-        any(row.plan.head_is_quantized for row in rows),
     )
 
 
 def _plan(config: ModelConfig, fields: dict[str, Any]) -> Plan:
-    """A plan from a file; one that does not say whether it quantizes the head is of before that was a choice."""
-    return Plan(config, **{"quantizes_head": True, **fields, "targets": tuple(fields["targets"])})
+    """A plan from a file."""
+    return Plan(config, **{**fields, "targets": tuple(fields["targets"])})

@@ -28,9 +28,9 @@ class Throughput:
 
     Args:
         operation: to 4 bits in blocks of 64, or back.
-        way: ``"bitsandbytes"``, or what of ours: ``"quantize()"`` checks that all weights are finite, ``"kernel"`` does
-            not; ``"double quantization"`` has scales that are quantized themselves, ``"double quantization,
-            bitsandbytes"`` too.
+        way: ``"bitsandbytes"``, or what of ours: ``"quantize()"`` waits to hear from its kernel whether all weights are
+            finite, ``"kernel"`` does not; ``"double quantization"`` has scales that are quantized themselves,
+            ``"double quantization, bitsandbytes"`` too.
         tensor: shape and dtype, e.g. ``"4096 × 4096 bfloat16"``.
         data_type: name of the format in the engine.
         gb_per_s: bytes read and written, 10⁹ a second.

@@ -133,6 +133,29 @@ class RouterParams(ExperimentParams):
         return self
 
 
+class BiasedRouterParams(RouterParams):
+    """A router, and a bias on one expert."""
+
+    tilted: int = Field(0, ge=0, le=MAX_EXPERTS - 1, title="Biased expert", description="Which expert the bias is on.")
+    tilt: float = Field(
+        0.0,
+        ge=-5,
+        le=5,
+        title="Selection bias",
+        description="Added to this expert's score for the choice alone, as loss-free balancing does; the gates do not "
+        "see it.",
+        json_schema_extra={"step": 0.05},
+    )
+
+    @model_validator(mode="after")
+    def _expert_exists(self) -> BiasedRouterParams:
+        if self.tilted >= self.experts:
+            raise ValueError(
+                f"There is no expert {self.tilted} to bias: there are {self.experts}, 0 to {self.experts - 1}."
+            )
+        return self
+
+
 def check_top_k(top_k: int, experts: int) -> None:
     """Raise ValueError if a token is to take more experts than there are."""
     if top_k > experts:
@@ -227,6 +250,8 @@ def make_router(params: RouterParams, x: Tensor) -> ExpertRouter:
             centres = find_centres(x, params.experts)  # (at most E, D)
             with torch.no_grad():
                 router.weight[: len(centres)] = centres
+    if isinstance(params, BiasedRouterParams):
+        router.selection_bias[params.tilted] = params.tilt
     return router.requires_grad_(False)
 
 

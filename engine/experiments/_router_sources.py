@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 MOST_TYPICAL = 6
+FEWEST_TYPICAL = 3
+"""A token that occurs less often is typical of no expert: that could be chance."""
+
 _SHUFFLES = 20
 
 
@@ -22,7 +25,8 @@ class TypicalToken(NamedTuple):
     Args:
         label: printable.
         count: how often the expert gets it.
-        share: of all of the token's assignments.
+        share: of the token's occurrences in the text; 1 if it always goes to the expert, however many experts compute
+            a token.
     """
 
     label: str
@@ -113,9 +117,12 @@ def mutual_information(counts: np.ndarray) -> float:
 def find_typical(
     labels: list[str], token_source: np.ndarray, tokens: np.ndarray, experts: np.ndarray, num_experts: int
 ) -> tuple[Typical, ...]:
-    """What each expert gets, and which tokens it gets more often than its load explains.
+    """What each expert gets, and which tokens it gets more often than its load explains and than a fair share.
 
-    Tokens are ranked by what they add to the mutual information of token and expert, n·ln(n·A / (n_token·n_expert)).
+    A fair share of a token is A / (N·E). An expert with a small load can exceed that load with next to nothing of the
+    token, which is typical of nobody then.
+    Tokens that occur at least `FEWEST_TYPICAL` times are ranked by what they add to the mutual information of token and
+    expert, n·ln(n·A / (n_token·n_expert)).
 
     Args:
         labels: of the N tokens.
@@ -123,18 +130,20 @@ def find_typical(
         tokens, experts: (A,) each.
         num_experts: E.
     """
-    names, kind = np.unique(np.array(labels), return_inverse=True)
+    names, kind, occurrences = np.unique(np.array(labels), return_inverse=True, return_counts=True)
     counts = count_pairs(kind[tokens], experts, len(names), num_experts)  # (kinds of token, E)
     sources = count_pairs(token_source[tokens], experts, int(token_source.max()) + 1, num_experts)  # (J, E)
     total = max(counts.sum(), 1)
+    fair = total / (len(labels) * num_experts)
     found = []
     for expert in range(num_experts):
         own, mine = counts[:, expert], counts[:, expert].sum()
         everywhere = counts.sum(1)
-        some = np.flatnonzero(own)
+        some = np.flatnonzero((own > 0) & (occurrences >= FEWEST_TYPICAL))
         lift = own[some] * total / (everywhere[some] * mine) if mine else np.zeros(0)
         order = np.argsort(-own[some] * np.log(lift), kind="stable") if mine else []
-        best = [some[place] for place in order if lift[place] > 1]
+        enough = (lift > 1) & (own[some] > fair * occurrences[some])
+        best = [some[place] for place in order if enough[place]]
         found.append(
             Typical(
                 expert=expert,
@@ -142,7 +151,7 @@ def find_typical(
                 source=int(sources[:, expert].argmax()) if mine else -1,
                 purity=float(sources[:, expert].max() / mine) if mine else 0.0,
                 tokens=tuple(
-                    TypicalToken(str(names[index]), int(own[index]), float(own[index] / everywhere[index]))
+                    TypicalToken(str(names[index]), int(own[index]), float(own[index] / occurrences[index]))
                     for index in best[:MOST_TYPICAL]
                 ),
             )
@@ -163,10 +172,11 @@ def describe_information(found: Specialisation, num_sources: int, num_experts: i
             f"Which expert a token goes to says no more about its source than chance does ({found.raw:.2f} nats, "
             f"shuffled {found.chance:.2f})."
         )
+    shuffled = round(found.raw, 2) - round(found.excess, 2)  # so that the figures add up as they are shown
     return (
         f"Which expert a token goes to says {found.excess:.2f} nats about its source beyond what chance gives "
-        f"({found.raw:.2f} as counted, {found.chance:.2f} with shuffled sources), of {found.available:.2f} that there "
-        "are to say."
+        f"({found.raw:.2f} as counted, {shuffled:.2f} with shuffled sources), of {found.available:.2f} that there are "
+        "to say (the entropy of the sources, each by its number of tokens)."
     )
 
 

@@ -101,7 +101,7 @@ class Way:
         """Where the token goes, in a sentence."""
         experts = self.params.experts
         if experts == 1 and len(self.taken):
-            return f"There is one expert, so {token} goes to it with gate {self.gates[0]:.3g}."
+            return f"There is one expert, so {token} goes to it with gate {self.gates[0]:.2f}."
         if not len(self.taken):
             why = (
                 "no expert has it among its most probable"
@@ -110,7 +110,7 @@ class Way:
             )
             return f"No expert computes {token}: {why}. What the layer adds to it is exactly 0."
         order = np.lexsort((self.taken, -self.gates))
-        chosen = ", ".join(f"expert {self.taken[index]} with gate {self.gates[index]:.3g}" for index in order)
+        chosen = ", ".join(f"expert {self.taken[index]} with gate {self.gates[index]:.2f}" for index in order)
         said = f"{token} goes to {chosen}"
         if self.refused:
             said += f"; {list_experts(self.refused)} had no room left"
@@ -191,13 +191,15 @@ class Way:
             note = "All experts are chosen."
         else:
             next_best = int(others[compared[others].argmax()])
-            margin = compared[self.wanted].min() - compared[next_best]
+            least = compared[self.wanted].min()
+            margin = round(least, 2) - round(compared[next_best], 2)  # of the numbers on the bars
+            lower = f"{margin:.2f}" if round(margin, 2) else "less than 0.01"
             note = (
                 f"Expert {next_best} is as high and left out: the choice between equals is arbitrary."
-                if margin == 0
-                else f"The highest that is left out is expert {next_best}, lower by {margin:.2g}."
+                if least == compared[next_best]
+                else f"The highest that is left out is expert {next_best}, lower by {lower}."
             )
-        return Stage("choice", title, f"the {params.top_k} highest", values, self._room_note(note))
+        return Stage("choice", title, f"the {params.top_k} highest of those", values, self._room_note(note))
 
     def _room_note(self, note: str) -> str:
         return f"{note} No room left: {list_experts(self.refused)}." if self.refused else note
@@ -210,14 +212,31 @@ class Way:
         elif params.kind == "expert choice" or params.top_k == 1:
             formula = "the score itself" if params.kind == "sigmoid" else "the probability itself"
         else:
-            formula = "score / Σ scores of the chosen"
+            many = {"probability": "probabilities", "score": "scores"}[self._scored]
+            formula = f"{self._scored} ÷ Σ {many} of the chosen"
         if not len(self.taken):
             note = "No expert computes the token: all gates are 0."
         else:
-            note = f"They sum to {values.sum():.3g}."
+            note = f"They sum to {values.sum():.2f}."
+            if params.top_k > 1 and params.kind in ("softmax", "noisy", "sigmoid"):
+                note += f" {self._division()}"
             if params.top_k == 1 and params.kind in ("softmax", "noisy", "sigmoid"):
                 note += " Divided by their sum the only one would always be 1, and the router would learn nothing."
         return Stage("gates", "Gates", formula, values, note)
+
+    @property
+    def _scored(self) -> str:
+        """What the gates are made of, as its step calls it."""
+        return "score" if self.params.kind == "sigmoid" else "probability"
+
+    def _division(self) -> str:
+        """How the largest gate comes about, in numbers; those that had no room count in the sum."""
+        largest = int(self.taken[np.lexsort((self.taken, -self.gates))[0]])
+        scores = self._scores
+        return (
+            f"Expert {largest} has {self._scored} {scores[largest]:.4f} ÷ {scores[self.wanted].sum():.4f} of all "
+            f"chosen = {self.gates.max():.2f}."
+        )
 
 
 def _best(values: np.ndarray, count: int) -> list[int]:

@@ -28,17 +28,20 @@ class Cost:
 def weigh(trainer: Trainer) -> int:
     """Take what `trainer` takes before it pauses, which is to be one step, and weigh it.
 
-    Before a step there are the weights and, from the second on, AdamW's two means of each; on top of these come what
-    the step allocates: activations, gradients and, in the first, the means. What `on_step` does is not weighed.
+    Before a step there are the weights and, from the second on, AdamW's two means of each that learns; on top of these
+    come what the step allocates: activations, gradients and, in the first, the means. What `on_step` does is not
+    weighed.
 
     Returns:
         Bytes at the peak of the step; 0 if it was not taken.
     """
     from engine.measure import peak_memory
+    from engine.quantization.production import get_model_memory_mb
 
     on_step, reports = trainer.on_step, []
-    weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
-    held = weights * (3 if trainer.step else 1)
+    held = round(1e6 * get_model_memory_mb(trainer.model))
+    if trainer.step:
+        held += 2 * sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.model.zero_grad()
     trainer.on_step = reports.append
     try:

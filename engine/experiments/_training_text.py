@@ -1,4 +1,4 @@
-"""What the training lab learns from: the shipped stories or a learner's own text, with a tokenizer made for it."""
+"""What a model learns from: the shipped stories or a learner's own text, with a tokenizer made for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Corpus:
 
 
 def read(text: str, vocab_size: int, block_size: int) -> Corpus:
-    """`text`, or the shipped stories if it is empty; its last tenth is kept apart to be tested on.
+    """`text`, or the shipped stories if it is empty, with a tokenizer for it; its last tenth is what it is tested on.
 
     Args:
         text: what to learn from, without blanks around it.
@@ -47,22 +47,40 @@ def read(text: str, vocab_size: int, block_size: int) -> Corpus:
     Raises:
         InputError: the text is too short for that.
     """
-    from engine.data import stream, train_tokenizer
+    from engine.data import train_tokenizer
     from engine.pretraining.run import PROMPT, read_stories
 
     learned, tested = split([text] if text else read_stories(SHIPPED / "heldout.txt"))
-    tokenizer = train_tokenizer(learned, vocab_size, block_size)
+    return encode(learned, tested, train_tokenizer(learned, vocab_size, block_size), block_size, "" if text else PROMPT)
+
+
+def encode(
+    learned: list[str], tested: list[str], tokenizer: PreTrainedTokenizerFast, block_size: int, prompt: str = ""
+) -> Corpus:
+    """Both parts of a text as tokens.
+
+    Args:
+        learned, tested: documents of each part.
+        tokenizer: with an end token.
+        block_size: T; each part must hold T + 1 tokens.
+        prompt: where samples begin; words of the tested part if it is empty.
+
+    Raises:
+        InputError: a part is too short.
+    """
+    from engine.data import stream
+
     parts = stream(learned, tokenizer), stream(tested, tokenizer)
     if min(map(len, parts)) <= block_size:
         raise InputError(
             f"The text has {len(parts[0])} tokens to learn from and {len(parts[1])} in its last tenth to be tested on, "
-            f"each part needs {block_size + 1}: paste more text, or leave it empty for the stories."
+            f"each part needs {block_size + 1}: paste more text, or leave it empty for the text that is shipped."
         )
     return Corpus(
         tokenizer,
         *parts,
         characters_per_token=sum(map(len, tested)) / len(parts[1]),
-        prompt=_first_words(tested[0], tokenizer) if text else PROMPT,
+        prompt=prompt or _first_words(tested[0], tokenizer),
     )
 
 
@@ -78,7 +96,7 @@ def check_length(text: str, block_size: int) -> None:
     if sum(len(part.encode()) for part in tested) < block_size:  # a token has at least one byte, and one ends the text
         raise InputError(
             f"Your text has {len(text)} characters: its last tenth is kept to be tested on and must fill a sample of "
-            f"{block_size} tokens, so paste {_ENOUGH:,} or more, or leave it empty for the stories."
+            f"{block_size} tokens, so paste {_ENOUGH:,} or more, or leave it empty for the text that is shipped."
         )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from engine.experiments import lora
 from engine.experiments._ending import Ending, stopped
+from engine.experiments._part import JobPart
 
 if TYPE_CHECKING:
     from engine.runtime.jobs import Job
@@ -115,7 +115,7 @@ def run(params: Params, job: Job) -> Result:
         return Result(list(points), len(runs), ended, ending, where, software)
 
     for index, tuning in enumerate(runs):
-        leg = _Leg(job, index, len(runs))
+        leg = _leg(job, index, len(runs))
         if (point := _points.get((tuning, job.device))) is None:
             found = lora.run(tuning, leg)
             if found.ended in ("cancelled", "timed out"):
@@ -158,38 +158,10 @@ def _point(tuning: lora.Params, found: lora.Result) -> Point:
     )
 
 
-@dataclass(frozen=True)
-class _Leg:
-    """The job of one run: its steps are a part of the whole job's.
+def _leg(job: Job, index: int, runs: int) -> JobPart:
+    """The job of the run `index` of `runs`: its steps are a part of the whole job's."""
 
-    Args:
-        job: the whole.
-        index: which run it is, from 0.
-        total: runs in all.
-    """
+    def report(step: int, total: int, **numbers: float) -> None:
+        job.report(index * total + step, runs * total, **numbers, run=index + 1)
 
-    job: Job
-    index: int
-    total: int
-
-    @property
-    def device(self) -> str:
-        """Where to compute."""
-        return self.job.device
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the whole is to stop."""
-        return self.job.cancelled
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether the whole has reached its limit."""
-        return self.job.timed_out
-
-    def report(self, step: int, total: int, **numbers: float) -> None:
-        """Tell how far the whole is."""
-        self.job.report(self.index * total + step, self.total * total, **numbers, run=self.index + 1)
-
-    def show(self, draft: Callable[[], Any]) -> None:
-        """A run that is not complete is no point yet."""
+    return JobPart(job, report)

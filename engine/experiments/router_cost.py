@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
@@ -260,7 +260,7 @@ def _measure(params: Params, size: Size, peaks: Ceilings, device: str) -> Point:
         low_ms=evidence.low_ms,
         high_ms=evidence.high_ms,
         runs=evidence.runs,
-        predicted_ms=1e3 * max(flops / peaks.flops, nbytes / peaks.bandwidth),
+        predicted_ms=passes * cost.milliseconds(peaks.flops, peaks.bandwidth),
         tflops=flops / evidence.median_ms / 1e9,
     )
 
@@ -290,18 +290,36 @@ def describe_points(points: tuple[Point, ...], params: Params) -> str:
     mixture = row["mixture"]
     said = [
         f"At {tokens:,} token{'' if tokens == 1 else 's'} the mixture of {params.experts} "
-        f"expert{'' if params.experts == 1 else 's'} takes {mixture.median_ms:.3g} ms."
+        f"expert{'' if params.experts == 1 else 's'} takes {_time(mixture)}."
     ]
     for name, words in (("equal parameters", "as many parameters"), ("equal work", "as many FLOPs a token")):
         said.append(_compare(mixture, row[name], words))
     return " ".join(said)
 
 
+class Spread(Protocol):
+    """A time that was measured several times: the 10th and the 90th percentile, in ms."""
+
+    low_ms: float
+    high_ms: float
+
+
+def overlap(one: Spread, other: Spread) -> bool:
+    """Whether two spreads touch: then their runs show no difference."""
+    return one.low_ms <= other.high_ms and other.low_ms <= one.high_ms
+
+
 def _compare(mixture: Point, dense: Point, words: str) -> str:
     ratio = dense.median_ms / mixture.median_ms
-    said = f"The dense layer of {words} takes {dense.median_ms:.3g} ms"
-    if dense.low_ms <= mixture.high_ms and mixture.low_ms <= dense.high_ms:
+    said = f"The dense layer of {words} takes {_time(dense)}"
+    if overlap(mixture, dense):
         said += ": the spreads overlap, so these runs show no difference"
     else:
         said += f", {ratio:.2g} times as long" if ratio >= 1 else f", the mixture {1 / ratio:.2g} times as long"
-    return f"{said}; the dense layer computes {dense.flops / mixture.flops:.2g} times as much."
+    work = f"{dense.flops / mixture.flops:.2g}"
+    return f"{said}; the dense layer computes {'as much' if work == '1' else f'{work} times as much'}."
+
+
+def _time(point: Point) -> str:
+    """The median with its 10th and its 90th percentile."""
+    return f"{point.median_ms:.3g} ms ({point.low_ms:.3g} to {point.high_ms:.3g})"

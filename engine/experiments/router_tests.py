@@ -111,7 +111,7 @@ def _of_capacity(params: Params, routing: Routing) -> list[Check]:
     if params.capacity_factor is not None:
         most = capacity(num_tokens, params.experts, params.top_k, params.capacity_factor)
         over = int((routing.counts - most).clamp(min=0).max())
-        checks.append(_check("No expert is over capacity", f"tokens beyond ⌊factor·N·K / E⌋ = {most}", over, 0))
+        checks.append(_check("No expert is over capacity", f"tokens beyond the {most} that an expert takes", over, 0))
     return checks
 
 
@@ -182,8 +182,8 @@ def _of_balance(params: Params, routing: Routing) -> list[Check]:
     load = load_of(routing)
     share = routing.wanted.double() / routing.wanted.sum()  # (E,)
     expected = params.experts * (share * routing.probs.double().mean(0)).sum()
-    mean = load.load.mean()
-    violation = (load.load.max() - mean) / mean if mean else 0.0
+    decided = load.load if params.kind == "expert choice" else load.wanted
+    violation = (decided.max() - decided.mean()) / decided.mean()
     return [
         _check(
             "Auxiliary loss follows the formula",

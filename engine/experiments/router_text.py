@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.runtime.jobs import Job
 
 
-class Params(_router.RouterParams):
+class Params(_router.BiasedRouterParams):
     """A text of several sources, and a router."""
 
 
@@ -168,13 +168,14 @@ def describe_load(load: Load, left_out: int, capacity: int | None, *, expert_cho
     elif load.max_violation == 0:
         said = f"Every expert gets exactly its fair share, {_tokens(total // experts)}."
     else:
-        busiest = tuple(np.flatnonzero(load.load == load.load.max()).tolist())
-        verb, each = ("gets", "") if len(busiest) == 1 else ("get", " each")
+        most = load.relative.max()
+        busiest = tuple(np.flatnonzero(load.relative == most).tolist())
+        verb, each = ("is", "") if len(busiest) == 1 else ("are", " each")
         said = (
-            f"{list_experts(busiest).capitalize()} {verb} {_tokens(int(load.load.max()))}{each}, "
-            f"{load.relative.max():.2f} times the fair share (MaxVio {load.max_violation:.2f})"
+            f"{list_experts(busiest).capitalize()} {verb} wanted by {_tokens(int(load.wanted.max()))}{each}, "
+            f"{most:.2f} times the fair share (MaxVio {load.max_violation:.2f})"
         )
-        said += f"; {list_experts(load.dead)} {'gets' if len(load.dead) == 1 else 'get'} none." if load.dead else "."
+        said += f"; {list_experts(load.dead)} by none." if load.dead else "."
     refused = int(load.wanted.sum()) - total
     if expert_choice:
         said += (
@@ -185,7 +186,8 @@ def describe_load(load: Load, left_out: int, capacity: int | None, *, expert_cho
     elif refused:
         said += (
             f" {refused} of {int(load.wanted.sum())} choices ({load.dropped_share:.0%}) are refused, as an expert "
-            f"takes at most {_tokens(capacity)}; {_tokens(left_out)} {_be(left_out)} computed by no expert at all."
+            f"takes at most {_tokens(capacity)}: it serves first choices before second ones, and earlier tokens before "
+            f"later ones. {_tokens(left_out).capitalize()} {_be(left_out)} computed by no expert at all."
         )
     elif capacity is not None:
         said += f" An expert takes at most {_tokens(capacity)}: nothing is refused."

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from engine.errors import InputError
 from engine.experiments import _router
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from engine.runtime.jobs import Job
 
 
-class Params(_router.RouterParams):
-    """A router, a token of the text, and a bias on one expert."""
+class Params(_router.BiasedRouterParams):
+    """A router, a bias on one expert, and a token of the text."""
 
     position: int = Field(
         3,
@@ -29,26 +29,6 @@ class Params(_router.RouterParams):
         title="Token",
         description="Which one, counted from 0 through all sources.",
     )
-    tilted: int = Field(
-        0, ge=0, le=_router.MAX_EXPERTS - 1, title="Biased expert", description="Which expert the bias is on."
-    )
-    tilt: float = Field(
-        0.0,
-        ge=-5,
-        le=5,
-        title="Selection bias",
-        description="Added to this expert's score for the choice alone, as loss-free balancing does; the gates do not "
-        "see it.",
-        json_schema_extra={"step": 0.05},
-    )
-
-    @model_validator(mode="after")
-    def _expert_exists(self) -> Params:
-        if self.tilted >= self.experts:
-            raise ValueError(
-                f"There is no expert {self.tilted} to bias: there are {self.experts}, 0 to {self.experts - 1}."
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -105,7 +85,6 @@ def run(params: Params, job: Job) -> Result:
         )
     job.report(1, 2)
     router = _router.make_router(params, reading.x)
-    router.selection_bias[params.tilted] = params.tilt
     routing = _router.route(params, router, reading.x)
     here = routing.tokens == params.position
     probs = routing.probs[params.position]

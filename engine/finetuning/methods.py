@@ -56,15 +56,13 @@ def prepare(model: Decoder, method: Method, rank: int, alpha: float, targets: Se
 class _TwoRates(Trainer):
     """A trainer whose rate is A's; B learns `RATE_RATIO` times faster (LoRA+)."""
 
-    def _make_optimizer(self, options: TrainerOptions) -> torch.optim.Optimizer:
+    def _groups(self, options: TrainerOptions) -> list[dict[str, Any]]:
         groups = lora_parameter_groups(self.model, options.learning_rate, RATE_RATIO)
-        ratios = [group["lr"] / options.learning_rate for group in groups]
-        optimizer = torch.optim.AdamW(
-            groups,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        return [{**group, "weight_decay": options.weight_decay} for group in groups]
+
+    def _make_optimizer(self, options: TrainerOptions) -> torch.optim.Optimizer:
+        optimizer = super()._make_optimizer(options)
+        ratios = [group["lr"] / options.learning_rate for group in optimizer.param_groups]
 
         def spread(optimizer: torch.optim.Optimizer, *_: object) -> None:
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):

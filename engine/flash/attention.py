@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.autocast import product_dtype, without_autocast
 from engine.errors import InputError
 from engine.flash import choice
 from engine.flash.backends import BACKENDS, Backend, Case, standard_attention
@@ -28,6 +29,8 @@ LEAST_GRADIENT = 2.0**-12
 
 class StandardAttention(nn.Module):
     """softmax(QKᵀ / √d) V as the formula has it: all (B, H, Tq, Tk) weights are held at once.
+
+    Under autocast it is computed in autocast's dtype, as PyTorch's own attention is.
 
     Args:
         head_dim: d.
@@ -50,7 +53,9 @@ class StandardAttention(nn.Module):
             InputError: the shapes do not fit each other, or are not `head_dim` wide.
         """
         _check(self.head_dim, Q, K, V)
-        return standard_attention(Q, K, V, self.causal)
+        Q, K, V = _cast_as_asked(Q, K, V)
+        with without_autocast(Q):
+            return standard_attention(Q, K, V, self.causal)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -72,6 +77,8 @@ class FlashAttention(nn.Module):
     start. Then the backends are measured once, on the tensors of that call, which can take a minute, and the fastest
     that is correct serves all calls after it, in every module of this process. Nothing is measured for a single query:
     on a GPU that is PyTorch's flash kernel, which splits a long cache among the processors.
+
+    Under autocast it is computed in autocast's dtype, as PyTorch's own attention is; precision "exact" is not.
 
     No finite input gives anything but finite numbers, with one exception: half precision on CUDA is handed to the
     kernel as it is, which may overflow where bfloat16 goes beyond 10^18, or values come within a thousandth of the
@@ -116,12 +123,18 @@ class FlashAttention(nn.Module):
         """Attend from Q (B, H, Tq, d) to K and V (B, G, Tk, d).
 
         Returns:
-            (B, H, Tq, d) in the dtype of Q, zero rows where nothing is visible.
+            (B, H, Tq, d) in the dtype of Q, or autocast's, zero rows where nothing is visible.
 
         Raises:
             InputError: the shapes do not fit each other or are not `head_dim` wide, or the given backend refuses them.
         """
         _check(self.head_dim, Q, K, V)
+        if self.precision == "fast":
+            Q, K, V = _cast_as_asked(Q, K, V)
+        with without_autocast(Q):
+            return self._forward(Q, K, V)
+
+    def _forward(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         fast = self.precision == "fast" and Q.is_cuda
         if not fast:
             return self._saturated(Q, K, V)
@@ -331,6 +344,12 @@ def _largest(x: Tensor) -> Tensor:
 def _to_one(x: Tensor) -> Tensor:
     """The powers of two that bring `_largest` between 1 and 2, or as far as float32 goes."""
     return torch.exp2(-torch.floor(torch.log2(_largest(x).clamp(min=torch.finfo(torch.float32).tiny))))
+
+
+def _cast_as_asked(Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+    """The three in the dtype that autocast asks for, in their own without it."""
+    dtype = product_dtype(Q)
+    return Q.to(dtype), K.to(dtype), V.to(dtype)
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

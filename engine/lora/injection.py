@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from engine.architecture import ATTENTION, FEED_FORWARD
 from engine.errors import InputError
 from engine.lora.layer import ScalingRule, check_rank, standard_scaling
 from engine.lora.linear import LoRALinear, Start
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (*ATTENTION, *FEED_FORWARD)
 """Every matrix of a Llama's block."""
 
 Targets = str | Sequence[str] | Callable[[str], bool]

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.autocast import product_dtype, without_autocast
 from engine.errors import InputError
 from engine.lora.layer import LoRALayer, ScalingRule, standard_scaling
 from engine.lora.product import (
     AdaptedWeight,
-    PackedWeight,
     adapted_linear,
     adapted_linears,
-    product_dtype,
-    without_autocast,
 )
 from engine.model import has_hooks
 from engine.quantization.production import StoredWeight
@@ -48,7 +46,7 @@ class LoRALinear(nn.Module):
         start: gives A and B their first values; when left out, A is random and B is 0.
         dtype: of A and B; `own_dtype` of `base` when left out. They are cast to the input's dtype to compute, so that
             float32 here next to a bfloat16 base keeps exact sums of small steps at the price of casting two small
-            matrices.
+            matrices; `engine.flat_optimizer` keeps them without that.
 
     Raises:
         InputError: a value is out of range.
@@ -122,7 +120,7 @@ class LoRALinear(nn.Module):
     def together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """What each of several layers makes of the same x, in one function where all of them can be part of it."""
         if all(type(layer) is LoRALinear and not layer.merged for layer in layers):
-            operands = [layer._operands(x, layer.bias) for layer in layers]
+            operands = [layer._operands(x, layer.base.bias) for layer in layers]
             if all(operands):
                 return adapted_linears(x, operands)
         return tuple(layer(x) for layer in layers)
@@ -151,25 +149,16 @@ class LoRALinear(nn.Module):
 
     def _operands(self, x: Tensor, bias: Tensor | None) -> AdaptedWeight | None:
         """What one function needs to compute all; None unless `base` is frozen, nothing is dropped, nobody watches."""
-        W, b = self.base.weight, self.base.bias
-        learning = W.requires_grad or (b is not None and b.requires_grad)
-        dropping = self.training and self.dropout.p > 0
-        watched = any(map(has_hooks, (self.base, self.adapter, self.dropout)))
-        weight = None if learning or dropping or watched else self._known_weight(x)
-        if weight is None:
+        base, adapter, dropout = self.base, self.adapter, self.dropout  # looking a module's parts up takes its time
+        b = base.bias
+        dropping = self.training and dropout.p > 0
+        if dropping or (b is not None and b.requires_grad) or any(map(has_hooks, (base, adapter, dropout))):
             return None
-        return AdaptedWeight(weight, bias, self.adapter.A, self.adapter.B, self.adapter.scaling)
-
-    def _known_weight(self, x: Tensor) -> Tensor | PackedWeight | None:
-        """W as `adapted_linears` takes it; None if `base` may do anything else than multiply with it in that dtype.
-
-        A `Linear4bit` gives x's dtype back, whatever autocast's is.
-        """
-        if type(self.base) is nn.Linear:
-            return self.base.weight
-        stored = StoredWeight.of(self.base)
-        plainly = stored and product_dtype(x) == x.dtype and self.base.compute_dtype in (None, x.dtype)
-        return stored if plainly else None
+        if type(base) is nn.Linear:
+            weight = None if base.weight.requires_grad else base.weight
+        else:
+            weight = _stored_weight(base, x)
+        return None if weight is None else AdaptedWeight(weight, bias, adapter.A, adapter.B, adapter.scaling)
 
     def _replace_weight(self, weight: Tensor) -> None:
         """Give `base` another W, (O, I); whoever shares the old one, an embedding say, keeps it."""
@@ -272,6 +261,16 @@ class LoRALinear(nn.Module):
                 f"The adapted layer is a {type(self.base).__name__}, whose weight cannot be read and written as a "
                 "matrix: merging, DoRA and a PiSSA start need a plain nn.Linear."
             )
+
+
+def _stored_weight(base: nn.Linear, x: Tensor) -> StoredWeight | None:
+    """W in few bits as `adapted_linears` takes it; None if `base` may do anything but multiply with it in that dtype.
+
+    A `Linear4bit` gives x's dtype back, whatever autocast's is.
+    """
+    stored = StoredWeight.of(base)
+    plainly = stored and base.compute_dtype in (None, x.dtype) and product_dtype(x) == x.dtype
+    return stored if plainly else None
 
 
 def own_dtype(base: nn.Linear) -> torch.dtype:

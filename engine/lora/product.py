@@ -10,13 +10,14 @@ Legend: N rows of x (all but its last dimension), I inputs, O outputs, R rank; W
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from engine.autocast import product_dtype, without_autocast
 
 
 class PackedWeight(Protocol):
@@ -92,20 +93,6 @@ def adapted_linears(x: Tensor, adapted: Sequence[AdaptedWeight]) -> tuple[Tensor
     return _AdaptedLinears.apply(x.to(product_dtype(x)), scalings, *weights, *biases, *As, *Bs)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What `adapted_linears` computes in: x's dtype, or autocast's where that is on."""
-    device = x.device.type
-    casting = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casting else x.dtype
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """A context in which operations on `tensor`'s device compute in the dtypes that they are given."""
-    device = tensor.device.type
-    casting = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if casting else nullcontext()
-
-
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *operands: Any) -> tuple[Tensor, ...]:
@@ -117,7 +104,7 @@ class _AdaptedLinears(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         u = rows @ A  # (N, ΣR)
         outputs = []
-        for weight, bias, B, s, u_own in zip(weights, biases, Bs, scalings, u.split(ctx.ranks, dim=1), strict=True):
+        for weight, bias, B, s, u_own in zip(weights, biases, Bs, scalings, _columns(u, ctx.ranks), strict=True):
             y = F.linear(rows, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
             outputs.append(_add_product(y, u_own, B, s).view(*x.shape[:-1], y.shape[-1]))
         ctx.packed = [None if isinstance(weight, Tensor) else weight for weight in weights]
@@ -136,27 +123,32 @@ def _gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ..
     x, u, A, *others = ctx.saved_tensors
     count, ranks = len(gradients), ctx.ranks
     saved, Bs = _in_groups(others, count)
-    weights = [packed or weight for packed, weight in zip(ctx.packed, saved, strict=True)]
     x_wanted, _, *wanted = ctx.needs_input_grad
     _, _, As_wanted, Bs_wanted = _in_groups(wanted, count)
+    dtypes_A, dtypes_B = _in_groups(ctx.dtypes, count)
     gs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # (N, O) each
     v = torch.empty_like(u)  # (N, ΣR)
-    for v_own, g, B, s in zip(v.split(ranks, dim=1), gs, Bs, ctx.scalings, strict=True):
+    for v_own, g, B, s in zip(_columns(v, ranks), gs, Bs, ctx.scalings, strict=True):
         v_own.addmm_(g, B.t(), beta=0, alpha=s)
     of_x, of_As, of_Bs = None, [None] * count, [None] * count
-    dtypes_A, dtypes_B = _in_groups(ctx.dtypes, count)
     if x_wanted:
-        of_x = gs[0] @ _dense(weights[0], x.dtype)  # (N, I)
-        for g, weight in zip(gs[1:], weights[1:], strict=True):
-            of_x = _add_product(of_x, g, _dense(weight, x.dtype))
+        for g, packed, weight in zip(gs, ctx.packed, saved, strict=True):
+            W = _dense(packed or weight, x.dtype)
+            of_x = g @ W if of_x is None else _add_product(of_x, g, W)  # (N, I)
+            del W  # or it were there while the next one is made
         of_x = _add_product(of_x, v, A.t()).view(x.shape)
     if any(As_wanted):
         of_A = x.reshape(-1, x.shape[-1]).t() @ v  # (I, ΣR)
-        of_As = [own.to(dtype) for own, dtype in zip(of_A.split(ranks, dim=1), dtypes_A, strict=True)]
+        of_As = [own.to(dtype) for own, dtype in zip(_columns(of_A, ranks), dtypes_A, strict=True)]
     if any(Bs_wanted):  # beta = 0: the first argument is not read, it only gives the shape
-        each = zip(Bs, u.split(ranks, dim=1), gs, ctx.scalings, dtypes_B, strict=True)
+        each = zip(Bs, _columns(u, ranks), gs, ctx.scalings, dtypes_B, strict=True)
         of_Bs = [torch.addmm(B, u_own.t(), g, beta=0, alpha=s).to(dtype) for B, u_own, g, s, dtype in each]
     return of_x, None, *(None,) * 2 * count, *of_As, *of_Bs
+
+
+def _columns(matrix: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Views of so many columns each."""
+    return (matrix,) if len(sizes) == 1 else matrix.split_with_sizes(sizes, dim=1)
 
 
 def _in_groups(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -57,15 +57,37 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """⌊factor·N·K / E⌋: how many tokens an expert takes.
+    """⌊factor·N·K / E⌋: how many tokens an expert takes; at least 1 if there is a token and the factor is at least 1.
+
+    So a single token, as in generation, is never refused by a capacity that promises the fair share. A smaller factor
+    may refuse everything.
 
     Raises:
         InputError: the factor is negative or not finite.
 
-    Source: Fedus et al. 2021, equation 3.
+    Source: Fedus et al. 2021, equation 3, which says nothing of shares below one token.
     """
     check_capacity_factor(factor)
-    return math.floor(factor * num_tokens * top_k / num_experts + _ROUNDING)
+    share = math.floor(factor * num_tokens * top_k / num_experts + _ROUNDING)
+    return max(share, 1) if factor >= 1 and num_tokens else share
+
+
+def admit(choices: Tensor, capacity: int) -> Tensor:
+    """Which choices an expert has room for: all first choices come before any second one, and then by token.
+
+    Args:
+        choices: the experts of each token, best first, one number for all padding, (N, K).
+        capacity: of each expert.
+
+    Returns:
+        (N, K) bool.
+
+    Source: Lepikhin et al. 2020, GShard, algorithm 1, https://arxiv.org/abs/2006.16668.
+    """
+    experts, order = choices.T.flatten().sort(stable=True)  # (K·N,)
+    places = torch.arange(len(experts), device=experts.device) - torch.searchsorted(experts, experts)
+    admitted = torch.empty_like(experts, dtype=torch.bool).index_copy(0, order, places < capacity)
+    return admitted.view(choices.shape[1], -1).T
 
 
 def check_capacity_factor(factor: float) -> None:

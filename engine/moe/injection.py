@@ -17,8 +17,9 @@ from engine.errors import InputError
 from engine.lora.injection import PROJECTIONS, Targets, select_linear_layers, uncompiled_name
 from engine.lora.layer import check_rank
 from engine.lora.linear import own_dtype
+from engine.moe.cost import Form
 from engine.moe.kinds import Kind, Unit
-from engine.moe.lora import Form, MoELoRALayer, MoELoRALinear
+from engine.moe.lora import MoELoRALayer, MoELoRALinear
 
 
 def inject_moe_lora(

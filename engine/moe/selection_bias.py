@@ -1,6 +1,6 @@
 """A bias that keeps experts equally busy without a loss: added to what selects them, never to what weighs them.
 
-Legend: E experts.
+Legend: B texts, T tokens of a text, E experts, K experts chosen per token.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from engine.errors import InputError
 from engine.moe.kinds import Step
 
 _FASTER, _SLOWER = 1.2, 0.5
-_SMALLEST, _LARGEST = 1e-3, 1e3
-"""Of a step, relative to the rate."""
+_SMALLEST, _LARGEST = 1e-2, 1e3
+"""Of a step, relative to the rate. With a shorter one the bias falls behind a router that goes on learning."""
 
 
 class SelectionBias(nn.Module):
@@ -38,6 +38,14 @@ class SelectionBias(nn.Module):
     outside of a backward pass: all that is computed again for one backward pass, or for several in a row, is computed
     with the bias of the first time. Only a forward pass that comes between another one and its checkpointed backward
     pass would break that.
+
+    In data parallel training, whenever torch.distributed has a process group, the load is summed over all of its
+    processes, so that the bias is that of the joined batch, and the same everywhere. This happens in the forward pass
+    that is counted, or where checkpointing computes it again: reading the bias, saving it, evaluating and changing the
+    mode wait for nobody. It requires that every process passes through its routers in training equally often and in the
+    same order, and backward through each of these passes: one whose part of the batch is empty or padding takes part
+    with it. A process that leaves out a forward pass keeps the others waiting, as it would with
+    DistributedDataParallel; one that leaves out the backward pass misses the nudge.
 
     The bias stays in float32 when the model is converted: steps would vanish in half precision.
 
@@ -68,14 +76,18 @@ class SelectionBias(nn.Module):
         self.register_state_dict_pre_hook(_settle_before_saving)
 
     def watch(self, gates: Tensor, load: Callable[[], Tensor]) -> Tensor:
-        """`gates` as they are; when their gradient is computed, `load()` (E,) counts."""
-        if self.training and self.rate and gates.requires_grad and gates.numel():
+        """`gates` as they are; when their gradient is computed, `load()` (E,) counts, that of all processes."""
+        if self.counts(gates):
             _watch(self, gates, load())
         return gates
 
+    def counts(self, gates: Tensor) -> bool:
+        """Whether what becomes of `gates`, or of that which they are made from, will move the bias."""
+        return bool(self.training and self.rate and gates.requires_grad)
+
     def settle(self) -> None:
         """Do the nudge that waits, if there is one and no backward pass is going on."""
-        if self._waiting:
+        if self._waiting or _in_a_group():
             _settle(self)
 
     def train(self, mode: bool = True) -> SelectionBias:
@@ -97,6 +109,30 @@ class SelectionBias(nn.Module):
         return f"{self.values.numel()}, rate={self.rate:g}"
 
 
+def count_votes(chosen: Tensor, num_experts: int) -> Tensor:
+    """How many texts have an expert among the K that most of their tokens chose.
+
+    A text votes for K experts that it uses at all, or for as many as there are. Of experts that a text uses equally
+    often those with the lowest numbers get its vote, and not a part of it each: two texts that are both split evenly
+    would look balanced then, and stay as they are. Where every text is split evenly the votes are not balanced, though
+    the tokens are, and the bias moves until some token changes its expert.
+
+    Args:
+        chosen: the experts of each token, −1 for padding, (B, T, K).
+        num_experts: E.
+
+    Returns:
+        (E,), float32; nothing for a text of padding.
+    """
+    texts, top_k = chosen.flatten(1) + 1, chosen.shape[-1]  # (B, T·K), from 1 up
+    counts = torch.zeros(len(texts), num_experts + 1, dtype=torch.int64, device=chosen.device)
+    counts = counts.scatter_add(1, texts, torch.ones_like(texts))[:, 1:]  # (B, E)
+    lowest_first = torch.arange(num_experts, 0, -1, device=chosen.device) - 1
+    votes = (counts * num_experts + lowest_first).topk(top_k).indices  # (B, K)
+    used = counts.gather(1, votes) > 0
+    return torch.zeros_like(counts).scatter(1, votes, used.to(counts.dtype)).sum(0).to(torch.float32)
+
+
 def _settle_before_saving(bias: SelectionBias, *_: object) -> None:
     bias.settle()
 
@@ -109,11 +145,20 @@ def in_backward() -> bool:
 
 @torch.compiler.disable
 def _watch(bias: SelectionBias, gates: Tensor, load: Tensor) -> None:
+    if _in_a_group():
+        load = load.clone()
+        distributed.all_reduce(load)
+
     def count(_gradient: Tensor) -> None:
         bias.load += load
         bias._waiting = True
 
     gates.register_hook(count)
+
+
+def _in_a_group() -> bool:
+    """Whether other processes have routers too: then a load may wait here of which another process knows."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 @torch.compiler.disable

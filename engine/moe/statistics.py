@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Load:
-    """What the experts have to do, and how unevenly.
+    """What the experts have to do, and how unevenly the router decides.
+
+    `relative`, `entropy`, `max_violation` and `dead` are of what the router wants, before capacity refuses some of it:
+    capacity cuts the busiest down, so that what is left looks balanced however the router decides. Only where the
+    experts choose are they of the load, for then it is what was decided. NaN if nothing is wanted at all.
 
     Args:
         load: tokens that each expert processes, (E,).
         wanted: tokens that chose it, those that its capacity refused included, (E,).
-        relative: load ÷ fair share, the mean load; 1 is fair, all 1 if there is no load, (E,).
-        entropy: −Σ p·ln p of p = load / Σ load, in nats; ln E without a load.
-        entropy_share: entropy ÷ ln E, from 0 (one expert does everything) to 1 (all do the same); 1 if E = 1.
-        max_violation: (max − mean) / mean of the load: 0 when balanced, E − 1 when one expert does everything
+        relative: wanted ÷ fair share, the mean of what is wanted; 1 is fair, (E,).
+        entropy: −Σ p·ln p of p = wanted / Σ wanted, in nats.
+        entropy_share: entropy ÷ ln E, from 0 (one expert gets everything) to 1 (all get the same); 1 if E = 1.
+        max_violation: (max − mean) / mean of what is wanted: 0 when balanced, E − 1 when one expert gets everything
             (MaxVio of https://arxiv.org/abs/2408.15664).
-        dead: indices of the experts without a token; none if there is no load.
-        dropped_share: share of the assignments that were refused.
+        dead: indices of the experts that no token wants; none if nothing is wanted.
+        dropped_share: share of what is wanted that was refused; NaN if nothing is wanted.
         importance: the sum of the tokens' probabilities for each expert, (E,), or None if unknown
             (https://arxiv.org/abs/1701.06538).
         num_tokens: N, or None if unknown.
@@ -54,6 +58,8 @@ def load_from_counts(
     wanted: ArrayLike | None = None,
     importance: ArrayLike | None = None,
     num_tokens: int | None = None,
+    *,
+    experts_choose: bool = False,
 ) -> Load:
     """The load of E experts from how many tokens each got.
 
@@ -62,6 +68,7 @@ def load_from_counts(
         wanted: tokens that chose it; the same as `counts` when left out.
         importance: (E,) or None.
         num_tokens: N or None.
+        experts_choose: whether the balance is that of `counts` and not of `wanted`.
 
     Raises:
         InputError: there is no expert, a count is negative or larger than what was wanted, or the lengths differ.
@@ -73,20 +80,20 @@ def load_from_counts(
             f"The load is {load.tolist()} of {wanted.tolist()} wanted: give one count from 0 up for each expert, "
             "and at least as many wanted."
         )
-    experts, total = load.size, int(load.sum())
-    relative = load * experts / total if total else np.ones(experts)
-    used = relative[relative > 0] / experts  # p
+    decided, experts, asked = load if experts_choose else wanted, load.size, int(wanted.sum())
+    total = int(decided.sum())
+    relative = decided * experts / total if total else np.full(experts, math.nan)
+    used = relative[relative != 0] / experts  # p
     entropy = float(-(used * np.log(used)).sum()) + 0.0
-    asked = int(wanted.sum())
     return Load(
         load=load,
         wanted=wanted,
         relative=relative,
         entropy=entropy,
-        entropy_share=entropy / math.log(experts) if experts > 1 else 1.0,
+        entropy_share=entropy / math.log(experts) if experts > 1 else float(relative[0]),
         max_violation=float(relative.max() - 1),
-        dead=tuple(np.flatnonzero(load == 0).tolist()) if total else (),
-        dropped_share=1 - total / asked if asked else 0.0,
+        dead=tuple(np.flatnonzero(decided == 0).tolist()) if total else (),
+        dropped_share=1 - int(load.sum()) / asked if asked else math.nan,
         importance=None if importance is None else np.asarray(importance, dtype=np.float64),
         num_tokens=num_tokens,
     )
@@ -97,5 +104,9 @@ def load_of(routing: Routing) -> Load:
     probs = routing.probs.detach()
     importance = (probs if routing.valid is None else probs[routing.valid]).double().sum(0)
     return load_from_counts(
-        routing.counts.cpu().numpy(), routing.wanted.cpu().numpy(), importance.cpu().numpy(), routing.num_tokens
+        routing.counts.cpu().numpy(),
+        routing.wanted.cpu().numpy(),
+        importance.cpu().numpy(),
+        routing.num_tokens,
+        experts_choose=routing.indices is None,
     )

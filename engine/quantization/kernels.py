@@ -75,15 +75,18 @@ def encodes(data_type: DataType, grouping: Grouping, dtype: torch.dtype) -> bool
     return data_type.name in ENCODERS and decodes(data_type, grouping, dtype)
 
 
-def quantize_blocks(w: Tensor, name: str, block_size: int, launch: Launch = QUANTIZE_LAUNCH) -> tuple[Tensor, Tensor]:
+def quantize_blocks(
+    w: Tensor, name: str, block_size: int, broken: Tensor | None = None, launch: Launch = QUANTIZE_LAUNCH
+) -> tuple[Tensor, Tensor]:
     """The codes of `w`, two a byte, the first in the high half, and the largest magnitude of each block.
 
-    A number that is not finite makes its block's magnitude not finite, so that G numbers tell whether all N are.
+    A number that is not finite makes its block's magnitude not finite.
 
     Args:
         w: bfloat16, float16 or float32, N of them in any shape.
         name: of the data type, one of `ENCODERS`.
         block_size: S, one of `BLOCK_SIZES`; the last block may have fewer weights.
+        broken: an int32 number that becomes 1 if a weight is not finite, and stays otherwise.
         launch: how the work is cut up.
 
     Returns:
@@ -101,6 +104,7 @@ def quantize_blocks(w: Tensor, name: str, block_size: int, launch: Launch = QUAN
             w,
             payload,
             absmax,
+            broken,
             count,
             len(payload),
             ENCODE=ENCODERS[name],
@@ -120,10 +124,10 @@ def dequantize_blocks(
     dtype: torch.dtype,
     launch: Launch = DEQUANTIZE_LAUNCH,
 ) -> Tensor:
-    """scale · level(code) of every code, computed in float32 and rounded once.
+    """scale · level(code) of every code, computed in float32 and rounded once, within the dtype's range.
 
     Args:
-        payload: N codes of 4 bits, two a byte, the first in the high half.
+        payload: uint8, N codes of 4 bits, two a byte, the first in the high half.
         scales: (G,) float32, or quantized themselves.
         levels: by code, (16,) float32, on the same device.
         block_size: S, one of `BLOCK_SIZES`.
@@ -136,17 +140,20 @@ def dequantize_blocks(
     """
     w = torch.empty(shape, dtype=dtype, device=payload.device)
     blocks = max(1, launch.weights // block_size)  # P
-    nested = isinstance(scales, NestedScales)
-    given = scales if nested else NestedScales(scales, levels, scales, scales, 1)  # unused but for the first
+    if isinstance(scales, NestedScales):
+        *given, nested_size = scales
+    else:
+        given, nested_size = (scales, levels, scales, scales), 0  # the last three are not read
     with torch.cuda.device_of(payload):
-        _dequantize_kernel[(triton.cdiv(triton.cdiv(w.numel(), block_size), blocks),)](
+        _dequantize_kernel[(-(-w.numel() // (block_size * blocks)),)](
             payload,
-            *given[:4],
+            *given,
             levels,
             w,
             w.numel(),
-            len(payload),
-            NESTED_SIZE=given.block_size if nested else 0,
+            payload.numel(),
+            LARGEST=torch.finfo(dtype).max,
+            NESTED_SIZE=nested_size,
             BLOCK_SIZE=block_size,
             BLOCKS=blocks,
             num_warps=launch.num_warps,
@@ -156,7 +163,10 @@ def dequantize_blocks(
 
 
 _SMALLEST = tl.constexpr(2.0**-126)
+_LARGEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).max)
+_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 _SMALLEST_BITS = tl.constexpr(1 << 23)
+_INFINITE_BITS = tl.constexpr(0xFF << 23)
 
 
 @triton.jit
@@ -164,6 +174,7 @@ def _quantize_kernel(
     w_ptr,
     payload_ptr,
     absmax_ptr,
+    broken_ptr,
     count,
     half_count,
     ENCODE: tl.constexpr,
@@ -176,6 +187,8 @@ def _quantize_kernel(
     w = tl.load(w_ptr + place, mask=inside, other=0.0).to(tl.float32)
     magnitude = w.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers, NaN is larger than all others
     absmax = tl.max(magnitude, axis=1)  # (P,)
+    if broken_ptr is not None:
+        tl.store(broken_ptr + tl.zeros_like(absmax), 1, mask=absmax >= _INFINITE_BITS)  # all that write write the same
     absmax = tl.where(absmax < _SMALLEST_BITS, 0, absmax).to(tl.float32, bitcast=True)
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCK_SIZE < count)
     w = tl.where(tl.abs(w) < _SMALLEST, 0.0, w)
@@ -197,6 +210,7 @@ def _dequantize_kernel(
     w_ptr,
     count,
     half_count,
+    LARGEST: tl.constexpr,
     NESTED_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -209,9 +223,10 @@ def _dequantize_kernel(
     if NESTED_SIZE > 0:
         outer = tl.load(outer_scales_ptr + block // NESTED_SIZE, mask=there, other=0)
         scale = tl.load(scale_levels_ptr + scale.to(tl.int32)) * outer + tl.load(mean_ptr)
+        scale = tl.clamp(scale, -_LARGEST_FLOAT32, _LARGEST_FLOAT32, _KEEP_NAN)
     high = tl.load(levels_ptr + (codes >> 4)) * scale[:, None]
     low = tl.load(levels_ptr + (codes & 15)) * scale[:, None]
-    w = tl.join(high, low).reshape(BLOCKS, BLOCK_SIZE)
+    w = tl.clamp(tl.join(high, low).reshape(BLOCKS, BLOCK_SIZE), -LARGEST, LARGEST, _KEEP_NAN)
     place = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)  # (P, S)
     tl.store(w_ptr + place, w.to(w_ptr.dtype.element_ty), mask=place < count)
 

@@ -157,12 +157,12 @@ def quantize_model_8bit(model: nn.Module, threshold: float = THRESHOLD) -> nn.Mo
     return _replace_layers(model, make)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class StoredWeight:
     """The weight of a `bitsandbytes.nn.Linear4bit` as it is stored, (O, I) when it is dequantized.
 
     Args:
-        packed: its codes, two a byte.
+        packed: its codes, two a byte; a plain tensor, for bitsandbytes' subclass is slow in Python.
         state: bitsandbytes' record of scales, levels and shape.
     """
 
@@ -172,18 +172,18 @@ class StoredWeight:
     @classmethod
     def of(cls, layer: nn.Module) -> StoredWeight | None:
         """That of `layer`; None where it is no `Linear4bit`, is not quantized yet, or packed for one CPU's kernels."""
-        state = getattr(layer._parameters.get("weight"), "quant_state", None)
-        if state is None or getattr(state, "packing_format_for_cpu", False):
+        weight = layer._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is None or vars(state).get("packing_format_for_cpu", False):
             return None
         from bitsandbytes.nn import Linear4bit
 
         computes_plainly = getattr(type(layer), "forward", None) is Linear4bit.forward
-        return cls(layer.weight, state) if computes_plainly else None
+        return cls(weight.detach(), state) if computes_plainly else None
 
-    @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, (O, I), in `dtype`."""
-        state, packed = self.state, self.packed.detach()  # a plain tensor: bitsandbytes' subclass is slow in Python
+        state, packed = self.state, self.packed
         kernels = kernels_for(packed)
         if kernels is None:
             from bitsandbytes.functional import dequantize_4bit
@@ -193,7 +193,7 @@ class StoredWeight:
         if state.nested:
             inner = state.state2
             scales = kernels.NestedScales(scales, inner.code, inner.absmax, state.offset, inner.blocksize)
-        codes = packed.view(torch.uint8).flatten()
+        codes = packed.view(torch.uint8)
         return kernels.dequantize_blocks(codes, scales, state.code, state.blocksize, state.shape, dtype)
 
 

@@ -11,7 +11,6 @@ Legend: N weights, G groups, S weights of a group.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -221,8 +220,9 @@ def quantize(
     grouping = grouping or per_block()
     kernels = kernels_for(w)
     if kernels and w.numel() and kernels.encodes(chosen, grouping, w.dtype):
-        payload, absmax = kernels.quantize_blocks(w.detach(), chosen.name, grouping.size)
-        if math.isfinite(absmax.max().item()):  # one reduction; a NaN is larger than all others
+        broken = torch.zeros(1, dtype=torch.int32, device=w.device)
+        payload, absmax = kernels.quantize_blocks(w.detach(), chosen.name, grouping.size, broken)
+        if not broken.item():
             scales = _quantize_scales(absmax) if double_quantization else absmax
             return QuantizedTensor(payload, scales, None, chosen, grouping, w.shape, w.dtype)
     check_weights(w)

@@ -35,8 +35,8 @@ from engine.flash.attention import FlashAttention, StandardAttention
 from engine.flash.backends import Case, absent, choices, standard_attention
 from engine.flash.traffic import attention_flops
 from engine.measure import Evidence, ceilings, device_name, measure_time, peak_memory, versions
+from engine.targets.attention import cold_calls
 from tests.benchmarks.flash_sweeps import check_same_place
-from tests.performance.test_flashattention import ten_cold_calls
 
 TOKENS, WIDTH, CACHE = 16384, 2048, 4096
 WHAT = "Attention by every backend, by tests/benchmarks/flash_attention.py"
@@ -215,7 +215,7 @@ def contract(device: str) -> dict[str, Any]:
     for name, layer in layers.items():
         layer(*tensors)
         peaks[name] = peak_memory(partial(layer, *tensors), device)
-    return {"ten_cold_calls_s": {first: ten_cold_calls(first) for first in ("Flash", "Standard")}, "peak_bytes": peaks}
+    return {"ten_cold_calls_s": {first: cold_calls(first) for first in ("Flash", "Standard")}, "peak_bytes": peaks}
 
 
 def main() -> int:

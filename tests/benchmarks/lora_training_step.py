@@ -23,7 +23,7 @@ from torch import nn
 
 from engine import llama
 from engine.lora.injection import PROJECTIONS, inject_lora
-from tests.benchmarks.training_step import ALPHA, Benchmark, Row, Size, base, default_adamw, run
+from tests.benchmarks.training_step import ALPHA, Benchmark, Row, Size, base, compiled, default_adamw, run
 
 
 def everything(size: Size, device: str, seed: int) -> nn.Module:
@@ -93,15 +93,15 @@ ROWS = {  # in the order in which they are measured, should the time not suffice
     "ours, Decoder": Row(our_decoder),
     "PEFT, Decoder": Row(peft_decoder),
     "full, Decoder": Row(decoder),
-    "PEFT compiled": Row(peft, compiled=True),
-    "ours compiled": Row(ours, compiled=True),
-    "ours, Decoder compiled": Row(our_decoder, compiled=True),
+    "PEFT compiled": Row(peft, prepare=compiled),
+    "ours compiled": Row(ours, prepare=compiled),
+    "ours, Decoder compiled": Row(our_decoder, prepare=compiled),
     "PEFT, default AdamW": Row(peft, optimize=default_adamw),
     "PEFT bf16": Row(peft_bf16),
     "ours bf16": Row(ours_bf16),
     "PEFT bf16, Decoder": Row(peft_decoder_bf16),
     "ours bf16, Decoder": Row(our_decoder_bf16),
-    "ours bf16 compiled": Row(ours_bf16, compiled=True),
+    "ours bf16 compiled": Row(ours_bf16, prepare=compiled),
 }
 
 BENCHMARK = Benchmark(

@@ -1,14 +1,14 @@
 """How fast a mixture of experts is here: ways to multiply, with and without the kernels around the products.
 
     python -m tests.benchmarks.moe_feed_forward [--device cuda] [--small] [--directions forward both]
-        [--loads even uneven] [--launches] [--json FILE]
+        [--loads even uneven] [--json FILE]
 
 bfloat16, 16384 tokens, 16 experts of 2048 → 4096 → 2048, two a token, routing and gathering included. TFLOP/s are
 2·A·3·D·F of the experts' forward pass over the median time, three times as much with the backward pass. "even" is what
 a fresh router makes of normal tokens; for "uneven" its bias ramps up from expert to expert. Every row is held against
 the same layer computed expert by expert in float32 with the same routing: the relative error of its output, and the
-largest of its gradients' if there are any. "steps" times the parts of the forward pass by themselves; `--launches` adds
-every launch of the Triton products, which takes a minute to compile. The record is written anew after each part.
+largest of its gradients' if there are any. "steps" times the parts of the forward pass by themselves. The record is
+written anew after each part.
 """
 
 from __future__ import annotations
@@ -126,28 +126,6 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
-def triton_products(layer: MoEFeedForward, x: Tensor, launch: Any) -> Tensor:
-    """Both products by our own kernel, which gathers and gates by itself; forward only."""
-    from tests.benchmarks.grouped_triton import expert_product
-
-    routing = layer.router.route(x)
-    tokens, groups = x.reshape(-1, x.shape[-1]), Groups(routing.counts)
-    gate_up = layer.gate_up_proj.mT
-    hidden = expert_product(tokens, gate_up, groups, tokens=routing.tokens, gated=True, launch=launch)
-    outputs = expert_product(hidden, layer.down_proj.mT, groups, launch=launch)
-    return combine(outputs, routing.gates, Assignments(routing.tokens, len(tokens))).view(x.shape)
-
-
-def launches(device: str, everything: bool) -> dict[str, Any]:
-    """Launches of the Triton products by what they are called: one with TMA and one without, or all of them."""
-    if torch.device(device).type != "cuda":
-        return {}
-    from tests.benchmarks.grouped_triton import LAUNCHES
-
-    chosen = LAUNCHES if everything else {launch.described: launch for launch in reversed(LAUNCHES)}.values()
-    return {f"Triton {launch.columns} × {launch.num_stages}{', TMA' * launch.described}": launch for launch in chosen}
-
-
 def transformers_block(layer: MoEFeedForward, implementation: str) -> nn.Module | None:
     """transformers' layer with the same weights, where it is installed."""
     try:
@@ -193,12 +171,10 @@ def ways(layer: MoEFeedForward, even: bool, direction: str, device: str) -> dict
             found[f"transformers, {implementation}"] = Way(block)
     if direction == "forward" and torch.device(device).type == "cuda":
         found["loop on two streams, our rows"] = Way(layer, {"product": streamed_product})
-        for name, launch in launches(device, False).items():
-            found[name] = Way(partial(triton_products, layer, launch=launch))
     return found
 
 
-def steps(layer: MoEFeedForward, x: Tensor, device: str, every_launch: bool) -> dict[str, dict[str, Any]]:
+def steps(layer: MoEFeedForward, x: Tensor, device: str) -> dict[str, dict[str, Any]]:
     """The parts of the forward pass, timed by themselves."""
     tokens = x.reshape(-1, x.shape[-1])
     with torch.no_grad():
@@ -230,21 +206,6 @@ def steps(layer: MoEFeedForward, x: Tensor, device: str, every_launch: bool) -> 
         parts["gate and up, loop on two streams"] = Way(
             partial(streamed_product, gathered, layer.gate_up_proj.mT, groups)
         )
-    for name, launch in launches(device, every_launch).items():
-        from tests.benchmarks.grouped_triton import expert_product
-
-        parts[f"hidden, {name}"] = Way(
-            partial(
-                expert_product,
-                tokens,
-                layer.gate_up_proj.mT,
-                groups,
-                tokens=routing.tokens,
-                gated=True,
-                launch=launch,
-            )
-        )
-        parts[f"down, {name}"] = Way(partial(expert_product, hidden, layer.down_proj.mT, groups, launch=launch))
     found = {}
     for name, (part, changes) in parts.items():
         try:
@@ -350,20 +311,19 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a small layer, to see that everything runs")
     parser.add_argument("--directions", nargs="*", choices=["forward", "both"], default=["forward", "both"])
     parser.add_argument("--loads", nargs="*", choices=["even", "uneven"], default=["even", "uneven"])
-    parser.add_argument("--launches", action="store_true", help="time every launch of the Triton products")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device, size = arguments.device, SMALL if arguments.small else LARGE
     record: dict[str, Any] = {
         "what": "A mixture of experts in bfloat16, by tests/benchmarks/moe_feed_forward.py",
-        "date": datetime.date.today().isoformat(),
         "device": device_name(device),
         "versions": versions(),
-        "size": size._asdict(),
     }
+    run: dict[str, Any] = {"recorded": datetime.date.today().isoformat(), "size": size._asdict()}
+    record["runs"] = [run]
 
     def keep(**part: Any) -> None:
-        record.update(part)
+        run.update(part)
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -375,7 +335,7 @@ def main() -> int:
     roof = ceilings(device, DTYPE)
     keep(obstacle=in_the_way, ceilings=asdict(roof))
     print(f"ceilings: {roof.flops / 1e12:.4g} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s\nsteps of the forward pass")
-    keep(steps=steps(layer, x.detach(), device, arguments.launches))
+    keep(steps=steps(layer, x.detach(), device))
     del layer, x
     tables: list[dict[str, Any]] = []
     for direction in arguments.directions:

@@ -4,8 +4,8 @@
 
 Blocks of 64. GB/s are those of the bytes that have to move, the same for everyone and in both directions: N weights of
 their dtype, N / 2 bytes of codes and 4 bytes of scale a block, read or written once; the copy's are its reads and
-writes. `quantize()` is the public function, which besides the kernel asks whether every weight is finite and waits for
-the answer. On a CPU it is the reference implementation, and the kernels have no rows.
+writes. `quantize()` is the public function, which besides waits for the kernel's word that every weight is finite. On a
+CPU it is the reference implementation, and the kernels have no rows.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def tuned_rows(case: Case, w: Tensor) -> Iterator[tuple[str, int, Callable[[], o
         launch = kernels.Launch(weights, warps)
 
         def encode(launch: tuple = launch) -> object:
-            return kernels.quantize_blocks(w, case.name, BLOCK_SIZE, launch)
+            return kernels.quantize_blocks(w, case.name, BLOCK_SIZE, launch=launch)
 
         def decode(launch: tuple = launch) -> object:
             return kernels.dequantize_blocks(payload, absmax, levels, BLOCK_SIZE, w.shape, w.dtype, launch)

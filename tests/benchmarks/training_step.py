@@ -86,8 +86,54 @@ Build = Callable[[Size, str, int], nn.Module]
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
+Loss = Callable[[Tensor], Tensor]
+"""The loss of a batch of ids (B, T), to be differentiated."""
+
+Prepare = Callable[[nn.Module, Tensor], Loss]
+"""Makes a model's loss into what is called in every step, given a batch of the shape that all will have."""
+
 fused_adamw: Optimize = partial(torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
 default_adamw: Optimize = partial(torch.optim.AdamW, lr=LEARNING_RATE)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of every next token, from float32 logits."""
+    output = model(ids)  # (B, T, V), or transformers' wrapping of it
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def eager(model: nn.Module, ids: Tensor) -> Loss:
+    """As it is written."""
+    return partial(loss_of, model)
+
+
+def compiled(model: nn.Module, ids: Tensor) -> Loss:
+    """Through `torch.compile`, as one."""
+    return partial(torch.compile(loss_of), model)
+
+
+def captured(model: nn.Module, ids: Tensor) -> Loss:
+    """As two CUDA graphs, one of the forward and one of the backward pass: recorded once, replayed in every step.
+
+    The kernels are those of eager mode, launched by the GPU's queue instead of by Python; neither compiled nor eager.
+    What is recorded may not wait for the GPU nor depend on a number that is there. Elsewhere than on CUDA it is eager.
+    """
+    if not ids.is_cuda:
+        return eager(model, ids)
+    graphed = torch.cuda.make_graphed_callables(_LossModule(model), (ids.clone(),), num_warmup_iters=3)
+    return lambda batch: graphed(batch).clone()  # the graph's own number is overwritten by the next replay
+
+
+class _LossModule(nn.Module):
+    """A model's loss as a module, for whose parameters a captured backward pass has gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return loss_of(self.model, ids)
 
 
 @dataclass(frozen=True)
@@ -96,12 +142,12 @@ class Row:
 
     Args:
         build: makes the model.
-        compiled: whether the forward pass and the loss go through `torch.compile`, as one.
+        prepare: `eager`, `compiled` or `captured`.
         optimize: makes the optimizer; None where there is nothing to train.
     """
 
     build: Build
-    compiled: bool = False
+    prepare: Prepare = eager
     optimize: Optimize | None = fused_adamw
 
 
@@ -137,7 +183,7 @@ class Figure:
         evidence: of the time of one step.
         peak_mb: memory at the step's peak, weights and optimizer state included, in MB of 10^6 bytes.
         trainable: parameters that are trained.
-        first_step_s: seconds of the first step, in which compilation falls.
+        first_step_s: seconds of the first step, in which compilation and capture fall.
     """
 
     row: str
@@ -160,27 +206,20 @@ def base(size: Size, device: str) -> LlamaForCausalLM:
         torch.set_default_dtype(before)
 
 
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of every next token, from float32 logits."""
-    output = model(ids)  # (B, T, V), or transformers' wrapping of it
-    logits = output if isinstance(output, Tensor) else output.logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 def tokens(size: Size, device: str, index: int) -> Tensor:
     """Batch `index`, (B, T): small ids are more frequent, which is something to learn."""
     uniform = torch.rand(size.batch, size.length, generator=torch.Generator().manual_seed(index))
     return (uniform**3 * size.config["vocab_size"]).long().to(device)
 
 
-def stepper(row: Row, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that takes one training step on a batch and returns its loss."""
-    loss_function = torch.compile(loss_of) if row.compiled else loss_of
+def stepper(row: Row, model: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that takes one training step on a batch of the shape of `ids` and returns its loss."""
+    loss_function = row.prepare(model, ids)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = row.optimize(trained) if row.optimize else None
 
     def step(ids: Tensor) -> Tensor:
-        loss = loss_function(model, ids)
+        loss = loss_function(ids)
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -198,17 +237,21 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def held_bytes(model: nn.Module, device: str) -> int:
+def held_bytes(row: Row, model: nn.Module, device: str) -> int:
+    """What is held between steps; graphs hold all that they need, which the allocator counts as reserved alone."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        of_graphs = row.prepare is captured
+        return torch.cuda.memory_reserved(device) if of_graphs else torch.cuda.memory_allocated(device)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def measure(name: str, row: Row, size: Size, device: str) -> Figure:
     """Time and weigh the steps of one row."""
     model = row.build(size, device, 1)
-    step, ids = stepper(row, model), tokens(size, device, 0)
+    ids = tokens(size, device, 0)
     started = time.perf_counter()
+    step = stepper(row, model, ids)
     step(ids).item()
     first = time.perf_counter() - started
     for _ in range(2):
@@ -216,7 +259,7 @@ def measure(name: str, row: Row, size: Size, device: str) -> Figure:
     started = time.perf_counter()
     step(ids).item()
     estimate_ms = (time.perf_counter() - started) * 1e3
-    peak = held_bytes(model, device) + peak_memory(lambda: step(ids), device)
+    peak = held_bytes(row, model, device) + peak_memory(lambda: step(ids), device)
     runs = TIMED_STEPS if device == "cpu" else math.ceil(TIMED_STEPS * estimate_ms / 10)  # of 10 ms each
     evidence = measure_time(
         lambda: step(ids),
@@ -232,7 +275,8 @@ def measure(name: str, row: Row, size: Size, device: str) -> Figure:
 def profile(name: str, row: Row, size: Size, device: str) -> tuple[dict[str, object], str]:
     """Where the time of one row's step goes, by kind of kernel, and a table of its kernels, the longest first."""
     model = row.build(size, device, 1)
-    step, ids = stepper(row, model), tokens(size, device, 0)
+    ids = tokens(size, device, 0)
+    step = stepper(row, model, ids)
     for _ in range(3):
         step(ids).item()
     with torch.profiler.profile() as found:
@@ -268,7 +312,7 @@ def losses(benchmark: Benchmark, name: str, size: Size, device: str, seed: int) 
     model = row.build(size, device, seed)
     if row.build is not benchmark.start:
         copy_start(benchmark.start(size, device, seed), model)
-    step = stepper(row, model)
+    step = stepper(row, model, tokens(size, device, 0))
     found = [step(tokens(size, device, index % 8)) for index in range(LOSS_STEPS)]
     return torch.stack(found).tolist()
 
@@ -368,6 +412,7 @@ def run(benchmark: Benchmark) -> int:
     if not arguments.no_losses:
         entry["losses"] = compare_losses(benchmark, size, device)
         print("largest difference of the losses over", LOSS_STEPS, "steps:", entry["losses"]["largest_difference"])
+        write()
     for name in arguments.rows:
         if time.perf_counter() - started > arguments.seconds:
             left_out.append(name)

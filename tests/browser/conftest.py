@@ -1,4 +1,4 @@
-"""The app as learners meet it: served by Streamlit, drawn by Debian's Chromium.
+"""The app as learners meet it: served by Streamlit, drawn by the system's Chromium, or by Playwright's.
 
 Everything here lives as long as this folder's tests and not longer: Playwright's event loop would be in the way of
 tests that start their own, and the server's workers in the way of those that measure.
@@ -165,10 +165,11 @@ def _accepts(port: int) -> bool:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        path = CHROMIUM or playwright.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium on this machine: `apt-get install chromium` or `make browser`")
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
 

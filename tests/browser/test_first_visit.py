@@ -16,7 +16,7 @@ def test_a_link_into_the_lab_is_understood_by_a_new_server(visit, tmp_path):
         visitor.open("/attention", view="One head")
         menu = visitor.page.get_by_test_id("stSidebarNav")
         expect(menu.get_by_role("link", name="Home")).to_be_visible()
-        expect(menu.get_by_role("link")).to_have_count(1 + len(LABS))
+        expect(menu.get_by_role("link")).to_have_count(2 + len(LABS))  # home, the targets
         expect(menu.get_by_role("link", name="Attention", exact=True)).to_have_attribute("aria-current", "page")
         expect(visitor.page).to_have_title("Attention · Transformer Workbench")
         expect(visitor.page.get_by_role("heading", level=1)).to_have_text("What does each attention head look at?")

@@ -44,3 +44,14 @@ def test_two_inputs_part_with_the_bias_and_not_without(visit):
     assert box["x"] + box["width"] <= 390
     visitor.open("/moe_lora", view="Two inputs", split_bias_rate=0)
     expect(page.get_by_text("both take expert").first).to_be_visible(timeout=PATIENCE)
+
+
+def test_a_phone_shows_the_whole_of_the_recorded_tables(visit):
+    visitor = visit(viewport={"width": 390, "height": 844})
+    visitor.open("/moe_lora", view="Speed")
+    tables = visitor.page.get_by_test_id("stTable")
+    expect(tables).to_have_count(2)
+    for table in tables.all():
+        box = table.locator("table").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390

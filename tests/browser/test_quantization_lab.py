@@ -78,7 +78,7 @@ def test_the_recorded_speed_is_drawn_and_the_controls_outlive_it(visit):
     visitor.open("/quantization", bits=5)
     visitor.page.get_by_role("radio", name="Speed").click()
     chart(visitor, "speed_quantize").wait_for(timeout=PATIENCE)
-    expect(visitor.page.get_by_text("by the kernel alone").first).to_be_visible(timeout=PATIENCE)
+    expect(visitor.page.get_by_text("The target of 4 times").first).to_be_visible(timeout=PATIENCE)
     visitor.page.get_by_role("radio", name="Weights").click()
     expect(visitor.page.get_by_text("NormalFloat, 5 bits").first).to_be_visible(timeout=PATIENCE)
     assert "quantization_bits=5" in visitor.page.url

@@ -24,7 +24,7 @@ def test_every_view_opens_and_a_token_is_followed_with_the_arrow_keys(visit):
     visitor.page.keyboard.press("ArrowUp")
     expect(visitor.page).to_have_url(re.compile("router_position=4"))
     visitor.settle()
-    expect(visitor.page.get_by_text("Token 4 of 188")).to_be_visible()
+    expect(visitor.page.get_by_text("Token 4 (counted from 0; the text has 188)")).to_be_visible()
     for view, sign in (
         ("A text", "load"),
         ("Cost", "forecast"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -201,6 +202,11 @@ class TestExamination:
         for token, expert in zip(routing.tokens.tolist(), routing.experts.tolist(), strict=True):
             counts[exam.task[token // exam.inputs.shape[1]], expert] += 1
         np.testing.assert_allclose(found.routing[:, 5], counts / counts.sum(1, keepdims=True))
+        both = counts / counts.sum(1, keepdims=True) / J  # p(task, expert), with equal tasks
+        apart = both.sum(1, keepdims=True) * both.sum(0)
+        nats = (both[both > 0] * np.log(both[both > 0] / apart[both > 0])).sum()
+        assert nats > 0.001
+        assert found.information[5] == pytest.approx(nats / math.log(J))
         read = (exam.inputs != 0).sum().item()
         assert counts.sum() == 2 * read
 

@@ -47,15 +47,13 @@ def test_without_balancing_it_collapses(collapsed):
     assert collapsed.max_violation[-1] > 1.5
     assert not collapsed.bias.any()
     assert f"{collapsed.dead[-1]} of 16 experts get no token at all" in collapsed.sentence
-    assert "0 of 16 experts got less than a tenth of a fair share before the first step" in collapsed.cause
+    assert "0 of 16 experts got less than a tenth of a fair share before the first step" in collapsed.course
 
 
 def test_the_bias_cures_it(collapsed, cured):
     assert cured.dead[-1] == 0
     assert cured.trained_violation[-1] < collapsed.trained_violation[-1] / 3
-    assert (
-        cured.held_out_loss[-1] < collapsed.held_out_loss[-1] + 0.1
-    )  # it still moves much; the default run ends lower
+    assert cured.held_out_loss[-1] < collapsed.held_out_loss[-1] + 0.1  # it still moves much; the default run is strict
     assert cured.bias[-1].any()
     assert not cured.bias[0].any()
 
@@ -113,14 +111,14 @@ def test_the_result_reaches_a_process_without_torch(collapsed):
 def test_tokens_come_to_look_alike(collapsed):
     assert collapsed.directions.shape == collapsed.checked.shape
     assert collapsed.directions.min() < collapsed.directions[0] / 1.5
-    assert "directions before the first step" in collapsed.cause
+    assert "directions before the first step" in collapsed.course
 
 
 def test_it_collapses_with_a_router_that_does_not_learn(collapsed):
     found = train(steps=75, freeze_router=True)
     assert found.dead[-1] >= 2
     assert found.max_violation[-1] > 1.5
-    assert "the tokens' doing alone" in found.cause
+    assert "did not learn in this run" in found.course
     assert not np.array_equal(found.load, collapsed.load)
 
 
@@ -141,7 +139,7 @@ class TestRuns:
         assert [len(draft.step) for draft in shown] == [0, 1, 2, 3, 4]
         assert {draft.ended for draft in shown} == {"running"}
         assert [report.step for report in reports] == [1, 2, 3, 4]
-        assert set(reports[-1].numbers) == {"loss", "held_out_loss", "max_violation", "dead_experts"}
+        assert set(reports[-1].numbers) == {"loss", "held_out_loss", "held_out_max_violation", "dead_experts"}
         assert shown[0].sentence.startswith("Before the first step")
 
     def test_a_cancelled_run_keeps_what_it_learned(self):
@@ -197,7 +195,27 @@ class TestRuns:
 
         params = router_collapse.Params(steps=2)
         used = peak_memory(lambda: router_collapse.run(params, LocalJob()), "cpu")
-        assert 0.5 * used < params.memory_bytes()
+        assert used <= params.memory_bytes()
+
+
+@pytest.mark.usefixtures("few_held_out")
+def test_what_was_trained_on_is_counted_over_all_steps_since_the_checkup_before(monkeypatch):
+    told, examine = [], router_training.Diary.examine
+
+    def listen(diary, step, chosen):
+        told.append((step, torch.stack(chosen).clone() if chosen else None))
+        examine(diary, step, chosen)
+
+    monkeypatch.setattr(router_training.Diary, "examine", listen)
+    monkeypatch.setattr(router_collapse, "_CHECKUPS", 2)
+    found = train(steps=8)
+    chosen = {step: counts for step, counts in told if counts is not None}
+    assert [len(chosen[step]) for step in found.checked[1:]] == [4, 4]
+    for step, violation in zip(found.checked[1:], found.trained_violation[1:], strict=True):
+        together = chosen[step].sum(0).double()
+        assert violation == pytest.approx(float(together.max() / together.mean() - 1))
+        last = chosen[step][-1].double()
+        assert violation != pytest.approx(float(last.max() / last.mean() - 1))
 
 
 class TestTrainer:
@@ -216,7 +234,7 @@ class TestTrainer:
         expected = 0.05 * (load.mean() - load).sign()
         torch.testing.assert_close(trainer.model.layers[1].mlp.router.selection_bias, expected)
 
-    def test_the_auxiliary_loss_reaches_the_router_alone_of_what_follows(self):
+    def test_the_auxiliary_loss_is_trained_on_and_is_not_in_the_loss_that_is_told(self):
         with_loss, without = self.make(aux_weight=1.0), self.make()
         reports = []
         for trainer in (with_loss, without):
@@ -259,16 +277,21 @@ class TestLanguages:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [3, 5])
 def test_the_default_run_collapses_and_the_bias_cures_it(seed):
-    """MaxVio below 0.1 on all tokens of the last sixteen steps, as the bias is moved by them, at no worse a loss."""
+    """MaxVio below 0.1 on all tokens of the last sixteen steps, at a loss that is no worse than another seed makes it.
+
+    Of seeds 0 to 7 these are the hardest: at 3 the bias costs a little, at 5 held-out text is least even.
+    """
     began = time.process_time()
     collapsed, cured = (train(seed=seed, balancing=balancing) for balancing in ("none", "loss-free bias"))
     assert time.process_time() - began < 2 * 60 * 2  # two runs of 60 seconds on two cores
     assert collapsed.dead[-1] >= 2
     assert (collapsed.relative[-1] < router_collapse.IDLE).sum() >= 5
     assert collapsed.max_violation[-1] > 2
-    assert cured.dead[-1] == 0
+    assert cured.checked[-1] - cured.checked[-2] == 16
     assert cured.trained_violation[-1] < 0.1
-    assert cured.relative[-5:].mean(0).max() - 1 < 0.1
-    assert cured.held_out_loss[-1] < collapsed.held_out_loss[-1]
+    assert cured.dead[-1] == 0
+    assert cured.max_violation[-1] < 0.25
+    assert cured.held_out_loss[-1] < collapsed.held_out_loss[-1] + router_collapse.SEED_NOISE

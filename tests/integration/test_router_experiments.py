@@ -161,6 +161,31 @@ class TestToken:
             assert set(np.flatnonzero(~np.isnan(choice))) == set(winners) == set(way.chosen)
             np.testing.assert_allclose(gates[winners], scores[winners] / scores[winners].sum(), atol=1e-5)
 
+    @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "noisy"])
+    @pytest.mark.parametrize("top_k", [2, 5, 8])
+    def test_the_note_of_the_gates_shows_what_is_divided(self, kind, top_k):
+        for position, factor in ((0, None), (17, 0.5), (187, 1.0)):
+            way = follow(kind=kind, top_k=top_k, position=position, capacity_factor=factor)
+            what = "score" if kind == "sigmoid" else "probability"
+            assert what in way.stages[-1].formula
+            if not way.chosen:
+                continue
+            part, whole, gate = map(
+                float, re.search(rf"{what} (.*) ÷ (\S+) .*= (\d\.\d\d)", way.stages[-1].note).groups()
+            )
+            assert part / whole == pytest.approx(gate, abs=0.006)
+            assert gate == round(way.gates[0], 2)
+            assert f"gate {gate:.2f}" in way.sentence
+
+    def test_the_margin_is_that_of_the_numbers_on_the_bars(self):
+        for position in range(0, 188, 9):
+            choice = follow(position=position).stages[3]
+            bars = np.round(follow(position=position).stages[2].values, 2)
+            least = bars[~np.isnan(choice.values)].min()
+            margin = least - bars[np.isnan(choice.values)].max()
+            told = f"lower by {margin:.2f}" if round(margin, 2) else "lower by less than 0.01"
+            assert told in choice.note
+
     def test_a_bias_moves_the_choice_and_never_the_gates_of_who_stays(self):
         plain, pushed = follow(top_k=1, tilted=1), follow(top_k=1, tilted=1, tilt=5.0)
         assert plain.chosen != (1,)
@@ -231,8 +256,10 @@ class TestCost:
         for point in found.points:
             assert 0 < point.low_ms <= point.median_ms <= point.high_ms
             assert point.tflops == pytest.approx(point.flops / point.median_ms / 1e9)
+            longer = max(point.flops / found.peak_flops, point.nbytes / found.bandwidth)
+            assert point.predicted_ms == pytest.approx(1e3 * longer)
         assert found.ended == "finished"
-        assert re.match(r"At 64 tokens the mixture of 8 experts takes [\d.]+ ms\.", found.sentence)
+        assert re.match(r"At 64 tokens the mixture of 8 experts takes [\d.]+ ms \([\d.]+ to [\d.]+\)\.", found.sentence)
         weigh(found)
 
     def test_flops_are_what_pytorch_counts(self):

@@ -1,34 +1,32 @@
 """Attention forward within its bounds: on a GPU both of them, on the CPU what it allocates."""
 
 import pytest
-import torch
 
-from engine import MultiHeadAttention
-from engine.masks import causal, materialize
-from engine.measure import measure_time, peak_memory
+from engine.runtime.jobs import LocalJob
+from engine.targets.measures import measure
+from engine.targets.target import read_targets
 
-
-def forward(length, device):
-    torch.manual_seed(0)
-    layer, x = MultiHeadAttention(512, 8).to(device).eval(), torch.randn(1, length, 512, device=device)
-    mask = materialize(causal, length, device=device)
-
-    def run():
-        with torch.inference_mode():
-            layer(x, x, x, mask)
-
-    run()
-    return run
+TARGETS = [target for target in read_targets() if target.group == "attention"]
 
 
-@pytest.mark.parametrize("length", [128, 512, 1024])
-def test_memory_stays_below_100_mb(length):
-    assert peak_memory(forward(length, "cpu"), "cpu") <= 100e6
+def parametrized(targets):
+    return pytest.mark.parametrize("target", targets, ids=lambda target: target.key)
+
+
+def test_there_is_a_time_and_a_memory_of_three_lengths():
+    assert len(TARGETS) == 6
+    assert {target.settings["length"] for target in TARGETS} == {128, 512, 1024}
+
+
+@parametrized([target for target in TARGETS if target.quantity == "attention memory"])
+def test_memory_is_within_its_bound_and_holds_the_weights(target):
+    found = measure(target, LocalJob("cpu"))
+    weights = 4 * target.settings["num_heads"] * target.settings["length"] ** 2
+    assert found.value >= weights / 1e6
+    assert target.bound.holds(found.value)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [128, 512, 1024])
-def test_a_gpu_takes_at_most_10_ms_and_100_mb(length):
-    run = forward(length, "cuda")
-    assert measure_time(run, "cuda", dtype=torch.float32, shape="-").median_ms <= 10
-    assert peak_memory(run, "cuda") <= 100e6
+@parametrized(TARGETS)
+def test_a_gpu_keeps_both(target):
+    assert target.bound.holds(measure(target, LocalJob("cuda")).value)

@@ -25,6 +25,15 @@ def heatmap(result):
 
 
 def explore(params):
+    view = st.segmented_control(
+        "Show", ["Whole", "Parts"], default="Whole", required=True, key="probe_view", bind="query-params"
+    )
+    if view == "Parts":
+        st.selectbox("Part", range(100), format_func=lambda part: f"part {part}", key="probe_part", bind="query-params")
+        st.pills(
+            "Marks", ["a", "b"], default=["a", "b"], selection_mode="multi", key="probe_marks", bind="query-params"
+        )
+        st.segmented_control("Guess", ["more", "less"], key="probe_guess", bind="query-params")
     pinned = compare.pin(params, prefix="probe")
     if pinned is not None:
         run_of_a = run.run("probe", pinned, key="probe_a")

@@ -2,7 +2,7 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -412,6 +412,59 @@ def test_a_pin_that_makes_no_sense_is_ignored_with_a_sentence(open_lab, pin):
     assert app.button(key="_probe_pin_set")
 
 
+class TestALinkToNoSuchChoice:
+    NO_VIEW = "The link sets the view to “Nonsense”, but it must be one of Whole, Parts. Whole is used instead."
+
+    def test_is_said_until_another_one_is_made(self, open_lab):
+        app = open_lab(probe_view="Nonsense")
+        assert warnings(app) == [self.NO_VIEW]
+        app.slider(key="probe_layer").set_value(7).run()
+        assert warnings(app) == [self.NO_VIEW]
+        app.button_group(key="probe_view").set_value("Parts").run()
+        assert warnings(app) == []
+        app.button_group(key="probe_view").set_value("Whole").run()
+        assert warnings(app) == []
+
+    def test_of_many_choices_the_ends_are_named_and_what_is_used_instead(self, open_lab):
+        app = open_lab(probe_view="Parts", probe_part="x" * 500, probe_marks="c", probe_guess="")
+        assert set(warnings(app)) == {
+            f"The link sets probe_part to “{'x' * 40}…”, but it must be one of 100 choices, part 0, part 1 … part 99. "
+            "part 0 is used instead.",
+            "The link sets probe_marks to “c”, but it must be one of a, b. a and 1 more are used instead.",
+        }
+        app = open_lab(probe_view="Parts", probe_guess="none")
+        assert warnings(app) == [
+            "The link sets probe_guess to “none”, but it must be one of more, less. Nothing is chosen."
+        ]
+
+    def test_waits_for_the_view_that_has_the_choice_and_goes_with_it(self, open_lab):
+        app = open_lab(probe_part="part 100")
+        assert warnings(app) == []
+        app.button_group(key="probe_view").set_value("Parts").run()
+        assert "“part 100”" in warnings(app)[0]
+        app.button_group(key="probe_view").set_value("Whole").run()
+        app.button_group(key="probe_view").set_value("Parts").run()
+        assert warnings(app) == []
+
+    def test_nor_to_a_tab(self, open_lab):
+        app = open_lab(probe_tab="Nowhere")
+        assert warnings(app) == [
+            "The link sets the tab to “Nowhere”, but it must be one of Explore, Code, Tests. Explore is used instead."
+        ]
+
+    def test_is_said_once_where_the_control_says_it(self, open_lab):
+        said = warnings(open_lab(probe_scale="z", probe_mask="y"))
+        assert sorted(words[:26] for words in said) == ["The link sets Mask to “y”,", "The link sets Scale to “z”"]
+
+    @pytest.mark.parametrize(
+        "query", [{"view": "Whole"}, {"view": "Parts", "part": "part 7", "marks": "", "guess": "less"}]
+    )
+    def test_what_there_is_is_taken_without_a_word(self, open_lab, query):
+        app = open_lab(**{f"probe_{name}": value for name, value in query.items()})
+        assert warnings(app) == []
+        assert app.session_state["probe_view"] == query["view"]
+
+
 def test_the_evidence_says_where_and_how_often(open_lab):
     app = open_lab()
     (card,) = [expander for expander in app.expander if "median" in expander.label]
@@ -448,16 +501,13 @@ def test_the_badge_names_the_device(open_app):
 
 
 def test_the_page_is_there_while_the_runtime_starts(open_app, runtime, monkeypatch):
-    def take_long():
-        time.sleep(1.0)
-        return runtime
-
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(take_long)
-        monkeypatch.setattr(ui.run, "starting", lambda: starting)
-        app = open_app()
-        assert app.title[0].value == "See what happens inside a transformer"
-        assert any("starting…" in element.value for element in app.markdown)
+    starting = Future()
+    monkeypatch.setattr(ui.run, "starting", lambda: starting)
+    monkeypatch.setattr(ui.run.futures, "wait", lambda waited_for: waited_for[0].set_result(runtime))
+    app = open_app()
+    assert starting.done()
+    assert app.title[0].value == "See what happens inside a transformer"
+    assert any("starting…" in element.value for element in app.markdown)
     app.run()
     assert "Test CPU · 8 GB · 2 cores · torch 2.13.0" in captions(app)
 

@@ -162,17 +162,16 @@ def test_the_recorded_peaks_are_told_with_their_errors(lab):
     assert len(shown) < 7 < 50 < len(whole)
     errors = [abs(float(error.replace("−", "-").rstrip("\u00a0%"))) for error in whole["error"]]
     assert max(errors) < 10
-    assert shown["why"][0] == "most off"
+    assert shown["why"][0].startswith("most off")
     assert shown["error"][0] == whole["error"][errors.index(max(errors))]
     assert "python -m tests.benchmarks.memory_prediction" in words(app).replace("\\", "")
-    assert "the head as well, which plans of this page leave in 16" in words(app)
 
 
 @pytest.mark.parametrize(
     ("settings", "plan", "size"),
     [
-        ({}, "QLoRA, head in 16 bits, AdamW, from the recording of its speed", "4 × 1,024"),
-        ({"batch": "4"}, "QLoRA", "4 × 1,024"),
+        ({"targets": "query and value"}, "QLoRA", "1 × 1,024"),
+        ({"batch": "4", "rank": "8"}, "QLoRA", "4 × 1,024"),
         ({"method": "full fine-tuning", "checkpointing": "true", "batch": "4"}, "full, checkpointing", "4 × 1,024"),
         ({"weights": "8 bits", "batch": "4", "length": "2,048"}, "LoRA, int8", "4 × 2,048"),
     ],
@@ -191,12 +190,10 @@ def differing(query):
     return {row: why.partition("your plan, but for ")[2].split(", ") for row, why in told.items() if "your plan" in why}
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW 8-bit"])
-def test_qlora_as_the_page_plans_it_was_recorded_too(lab, optimizer):
-    """With the head in 16 bits, by the benchmark of speed: another script."""
-    app = lab(view="Measured", shape="1.1 B, Llama-shaped", batch="4", optimizer=optimizer)
+def test_qlora_as_the_page_plans_it_was_recorded(lab):
+    app = lab(view="Measured", shape="1.1 B, Llama-shaped", batch="4", optimizer="paged AdamW 8-bit")
     (row,) = (row for _, row in app.dataframe[0].value.iterrows() if row["why"].endswith("your plan"))
-    assert row["plan"].startswith("QLoRA, head in 16 bits")
+    assert row["plan"] == "QLoRA"
     assert abs(float(row["error"].replace("−", "-").rstrip("\u00a0%"))) < 0.5
 
 
@@ -285,7 +282,7 @@ def test_a_recorded_run_that_ran_out_is_drawn_against_its_limit(lab, monkeypatch
         "limit_bytes": 3 * 10**9,
         "sentence": "Plain AdamW ran out of memory.",
     }
-    found = paged._memory.Recorded((), run, "recorded on an H200", quantizes_head=False)
+    found = paged._memory.Recorded((), run, "recorded on an H200")
     for view in (paged, measured):
         monkeypatch.setattr(view._memory, "recorded", lambda: found)
     app = lab(view="Paged optimizer")
@@ -336,7 +333,7 @@ class TestQLoRAsSpeed:
         assert floor["x"] == [found.floor_ms]
         said = words(app)
         assert "recorded on an H200" in said
-        assert f"{cost[0].median_ms:.0f} against {cost[2].median_ms:.0f} ms" in said
+        assert f"{cost[0].median_ms:.0f} against {cost[-1].median_ms:.0f} ms" in said
 
     def test_the_target_is_told_and_how_far_every_machine_is_from_it(self, lab):
         found = _lora.recorded_steps("qlora")
@@ -345,18 +342,18 @@ class TestQLoRAsSpeed:
         assert "In time it is missed" in said
         assert "In memory it is reached" in said
         for run in (0, 1):
-            decoder, equal, peft = (
-                next(cost for cost in found.measured if cost.run == run and cost.way == way)
-                for way in ("ours, Decoder", "ours", "PEFT")
-            )
+            cost = {step.way: step for step in found.measured if step.run == run}
+            decoder, captured, peft = (cost[way] for way in ("ours, Decoder", "ours, Decoder, captured", "PEFT"))
             assert peft.median_ms < 2.5 * decoder.median_ms
             assert f"{peft.median_ms / decoder.median_ms:.2f} times as long" in said
             assert f"{peft.median_ms:.0f} against {decoder.median_ms:.0f} ms" in said
-            assert f"{peft.median_ms / equal.median_ms:.2f}" in said
+            assert f"{peft.median_ms / captured.median_ms:.2f}" in said.partition("As CUDA graphs")[2]
+            if "ours" in cost:
+                assert f"{peft.median_ms / cost['ours'].median_ms:.2f}" in said
 
     @pytest.mark.parametrize(("faster", "said"), [(1.0, "missed"), (1.5, "missed"), (2.0, "reached")])
     def test_the_target_is_judged_by_every_machine(self, faster, said):
-        """The slower ratio, 1.33, needs 1.88 times more."""
+        """The smaller ratio, 1.37, needs 1.82 times more."""
         found = _lora.recorded_steps("qlora")
         costs = [
             dataclasses.replace(cost, median_ms=cost.median_ms / faster) if cost.way == "ours, Decoder" else cost
@@ -373,9 +370,8 @@ class TestQLoRAsSpeed:
         for run in ("ours", "ours, Decoder", "PEFT again"):
             assert f"{found.loss_difference(run, 'PEFT'):.2f}" in words(app)
             assert f"{found.loss_difference(run, 'PEFT', 8):.3f}" in words(app)
-        assert "ours on equal code is no further from PEFT than PEFT is from itself, ours in our Decoder is." in words(
-            app
-        )
+        assert f"{found.loss_difference('ours', 'ours again'):.2f} from ours" in words(app)
+        assert "neither of ours is further from PEFT than a run is from its own repetition." in words(app)
 
     def test_losses_that_were_not_compared_are_not_claimed(self, lab, monkeypatch):
         found = dataclasses.replace(_lora.recorded_steps("qlora"), losses={})

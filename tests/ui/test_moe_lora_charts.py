@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from plotly.colors import hex_to_rgb
 
 from ui import theme
 from ui.charts import moe_lora as charts
@@ -25,7 +26,10 @@ class TestRouting:
         for index, trace in enumerate(fig.data):
             np.testing.assert_array_equal(trace.z, given[:, index].T)
             assert trace.coloraxis == "coloraxis"
-        assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 1)
+        scale = fig.layout.coloraxis
+        assert (scale.cmin, scale.cmax) == (0, given.max())
+        assert scale.colorbar.tickvals[-1] == scale.cmax
+        assert scale.colorbar.ticktext[-1] == f"{given.max():.0%}"
         assert [note.text for note in fig.layout.annotations] == TASKS
 
     @pytest.mark.parametrize("checked", [[0], [0, 8], [0, 8, 16, 20]])
@@ -53,7 +57,7 @@ def test_the_map_of_information_frames_what_is_chosen(count):
     fig = charts.information(values, range(count), list("qkvogud"), (count - 1, 3))
     np.testing.assert_array_equal(fig.data[0].z, values)
     assert fig.layout.coloraxis.cmin == 0
-    assert fig.layout.coloraxis.cmax == np.nanmax(values)
+    assert fig.layout.coloraxis.cmax == fig.layout.coloraxis.colorbar.tickvals[-1] == np.nanmax(values)
     (frame,) = fig.layout.shapes
     assert (frame.x0, frame.x1, frame.y0, frame.y1) == (2.5, 3.5, count - 1.5, count - 0.5)
     assert len(fig.layout.yaxis.ticktext) <= 16
@@ -85,28 +89,53 @@ def test_an_expert_that_learned_nothing_has_no_place_on_a_logarithmic_axis():
 @pytest.mark.parametrize("mode", MODES)
 def test_likeness_has_a_sign_and_nought_is_the_page(mode):
     cosines = np.array([[1.0, -0.4], [-0.4, 1.0]])
-    (trace,) = charts.similarity(cosines, mode=mode).data
+    trace, written = charts.similarity(cosines, mode=mode).data
     assert (trace.zmin, trace.zmid, trace.zmax) == (-1, 0, 1)
     middle = trace.colorscale[len(trace.colorscale) // 2]
     assert middle == (0.5, theme.SURFACES[mode].paper)
-    assert trace.text[0][1] == "-0.40"
+    assert written.text[1] == "-0.40"
+    layout = charts.similarity(cosines, mode=mode).layout
+    (title,) = layout.annotations
+    assert (title.text, title.yref, title.y) == ("expert", "y domain", 0)
+    assert 30 < -title.yshift < layout.margin.b  # below the tick labels, and not cut off
 
 
 def test_no_number_is_written_as_minus_nought():
-    (trace,) = charts.similarity(np.array([[1.0, -0.001], [-0.001, 1.0]])).data
-    assert trace.text[0][1] == "0.00"
-    (trace,) = charts.without(np.full((1, 1), -0.001), np.ones((1, 1)), ["Pets"], ["0"], "expert", 1.0).data
-    assert trace.text[0][0].startswith("+0.00")
+    _, written = charts.similarity(np.array([[1.0, -0.001], [-0.001, 1.0]])).data
+    assert written.text[1] == "0.00"
+    _, written = charts.without(np.full((1, 1), -0.001), np.ones((1, 1)), ["Pets"], ["0"], "expert", 1.0).data
+    assert written.text[0].startswith("+0.00")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_cell_can_be_read(mode):
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    values = np.linspace(-1, 1, 41)[None]
+    cells, written = charts.without(
+        values, np.ones((1, 41)), ["Pets"], list(map(str, range(41))), "expert", 1.0, mode=mode
+    ).data
+    colours = [colour for _, colour in cells.colorscale]
+    corners = np.array(list(map(hex_to_rgb, colours)))  # evenly spaced
+    places = np.linspace(0, len(corners) - 1, 41)
+    backgrounds = np.stack([np.interp(places, range(len(corners)), channel) for channel in corners.T], axis=-1)
+    for ink, background in zip(written.textfont.color, backgrounds, strict=True):
+        low, high = sorted((luminance(hex_to_rgb(ink)), luminance(background)))
+        assert (high + 0.05) / (low + 0.05) > 4.5
 
 
 @pytest.mark.parametrize("limit", [0.0, 2.5])
 def test_what_breaks_is_written_into_its_cell(limit):
     change = np.array([[0.5, -0.25], [0.0, 2.5]])
     fig = charts.without(change, np.array([[0.25, 1.0], [0.5, 0.0]]), TASKS[:2], ["0", "1"], "expert", limit)
-    (trace,) = fig.data
+    trace, written = fig.data
     np.testing.assert_array_equal(trace.z, change)
-    assert trace.text[0][0] == "+0.50<br>25% right"
-    assert trace.text[1][1] == "+2.50<br>0% right"
+    told = dict(zip(zip(written.y, written.x, strict=True), written.text, strict=True))
+    assert told[TASKS[0], "0"] == "+0.50<br>25% right"
+    assert told[TASKS[1], "0"] == "+0.00<br>50% right"
+    assert told[TASKS[1], "1"] == "+2.50<br>0% right"
     assert trace.zmax == -trace.zmin == (limit or 1.0)
     assert list(trace.y) == TASKS[:2]
 

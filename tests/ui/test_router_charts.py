@@ -1,6 +1,7 @@
 """The pictures of the router lab carry the figures they are given."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from ui import theme
 from ui.charts import router as charts
 from ui.charts import router_cost, router_training
 from ui.charts.router import Panel
-from ui.charts.router_cost import Line
+from ui.charts.router_cost import Bar, Line
 from ui.charts.router_training import Course
 from ui.router import tokens
 
@@ -79,24 +80,26 @@ class TestLoads:
     @pytest.mark.parametrize("mode", MODES)
     def test_bars_refused_and_dead_experts_against_the_fair_share(self, mode):
         load, wanted = np.array([6, 0, 3, 3]), np.array([9, 0, 3, 3])
-        fig = charts.loads(load, wanted, 3.0, mode=mode)
+        fig = charts.loads(load, wanted, 3.75, "fair share", mode=mode)
         named = {trace.name: trace for trace in fig.data}
         np.testing.assert_array_equal(named["computed"].y, load)
         np.testing.assert_array_equal(named["refused: no room left"].y, wanted - load)
         dead = named["dead: no token"]
         assert list(dead.x) == [1]
         assert dead.marker.pattern.shape == "/"
-        assert list(named["fair share, 3 tokens"].y) == [3, 3]
+        assert list(named["fair share, 3.75 tokens"].y) == [3.75, 3.75]
         assert fig.layout.yaxis.range[1] >= 9
         assert "<b>6</b>" in fig.layout.xaxis.ticktext[0]
 
     def test_what_is_not_there_is_not_in_the_legend(self):
-        names = [trace.name for trace in charts.loads(np.array([2, 2]), np.array([2, 2]), 2.0).data]
+        names = [trace.name for trace in charts.loads(np.array([2, 2]), np.array([2, 2]), 2.0, "fair share").data]
         assert names == ["computed", "fair share, 2 tokens"]
 
     def test_an_empty_load_is_drawn(self):
-        fig = charts.loads(np.zeros(4, int), np.array([3, 1, 0, 0]), 0.0)
+        fig = charts.loads(np.zeros(4, int), np.array([3, 1, 0, 0]), 1.0, "fair share")
         assert fig.layout.yaxis.range[1] > 3
+        (dead,) = (trace for trace in fig.data if trace.name == "dead: no token")
+        assert list(dead.x) == [2, 3]  # not those that were wanted and had no room
 
 
 class TestTokensByExpert:
@@ -108,12 +111,28 @@ class TestTokensByExpert:
     def test_the_map_has_every_probability_and_marks_on_the_right_cells(self):
         fig = charts.tokens_by_expert(self.PROBS, self.TAKEN, self.DROPPED, self.LABELS)
         heat, taken, dropped = fig.data
-        np.testing.assert_array_equal(heat.z, self.PROBS.T)
-        assert (heat.zmin, heat.zmax) == (0, 1)
+        np.testing.assert_allclose(heat.z, 4 * self.PROBS.T)
+        assert f"{self.PROBS[0, 0]:.1%}, {4 * self.PROBS[0, 0]:.2f} × fair" in heat.customdata[0][0]
         for marks, mask in ((taken, self.TAKEN), (dropped, self.DROPPED)):
             assert {(x, y) for x, y in zip(marks.x, marks.y, strict=True)} == set(zip(*np.nonzero(mask), strict=True))
         assert fig.layout.xaxis.ticktext[3] == "&lt;3&gt;"
         assert "refused" in heat.customdata[int(self.DROPPED[0].argmax())][0]
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("experts", [1, 2, 8, 64])
+    def test_the_colours_go_from_0_to_the_largest_and_the_fair_share_has_the_pages_own(self, experts, mode):
+        none = np.zeros((4, experts), bool)
+        for favour in (0.0, 0.5, 1.0):
+            probs = np.full((4, experts), (1 - favour) / experts)
+            probs[:, 0] += favour
+            heat = charts.tokens_by_expert(probs, none, none, ["a"] * 4, mode=mode).data[0]
+            assert (heat.zmin, heat.zmax) == (0, max(2, experts * probs.max()))
+            places = [place for place, _ in heat.colorscale]
+            assert places == sorted(places)
+            assert (places[0], places[-1]) == (0, 1)
+            at_fair = [tint for place, tint in heat.colorscale if place * heat.zmax == pytest.approx(1)]
+            assert at_fair == [theme.SURFACES[mode].paper]
+            assert f"1/{experts}" in heat.colorbar.title.text
 
     def test_many_tokens_are_marked_by_the_number_of_their_source(self):
         probs = np.full((90, 2), 0.5)
@@ -184,9 +203,13 @@ class TestLoadMap:
         heat = router_training.load_map(self.CHECKED, self.RELATIVE, 20, mode=mode).data[0]
         assert heat.zmid == 0
         assert heat.zmin == -heat.zmax
-        np.testing.assert_allclose(heat.z, [[0, 1, 1], [0, -1, -3]])
+        np.testing.assert_allclose(heat.z, [[0, 1, 1], [0, -1, -np.log2(10)]])
         assert heat.colorscale[3] == (0.5, theme.SURFACES[mode].paper)
         assert heat.colorbar.tickvals[heat.colorbar.ticktext.index("1")] == 0
+
+    def test_a_map_that_is_fair_all_over_has_a_frame(self):
+        layout = router_training.load_map(self.CHECKED, np.ones((3, 1)), 20).layout
+        assert all(axis.showline and axis.mirror for axis in (layout.xaxis, layout.yaxis))
 
     def test_the_dead_are_crossed_and_nobody_else(self):
         _, dead = router_training.load_map(self.CHECKED, self.RELATIVE, 20).data
@@ -227,6 +250,34 @@ def test_shares_of_each_source_sum_to_one():
     assert list(fig.data[0].y) == ["code &amp; co", "two words that<br>are long"]
 
 
+@pytest.mark.parametrize("largest", [0.2, 0.41, 1.0])
+def test_colours_reach_to_the_largest_share_and_figures_on_them_can_be_read(largest):
+    counts = np.array([[largest, *np.linspace(0, largest, 9)]])
+    counts = np.vstack([counts, counts]) * 1000
+    fig = router_training.by_source(counts, ["one", "two"])
+    heat, shares = fig.data
+    assert heat.zmax == pytest.approx((counts / counts.sum(1, keepdims=True)).max())
+    assert shares.text[0] == f"{heat.zmax:.0%}"
+    for value, ink in zip(heat.z.ravel(), shares.textfont.color, strict=True):
+        stops = np.array([[int(channel) for channel in re.findall(r"\d+", tint)] for _, tint in heat.colorscale])
+        levels = [level for level, _ in heat.colorscale]
+        cell = [round(np.interp(value / heat.zmax, levels, channel)) for channel in stops.T]
+        assert contrast(ink, "#{:02X}{:02X}{:02X}".format(*cell)) >= 4.2, value
+
+
+@pytest.mark.parametrize("experts", [1, 8, 16])
+def test_the_title_below_an_axis_is_placed_by_no_measured_label(experts):
+    relative = np.ones((2, experts))
+    for words, fig in (
+        ("step", router_training.load_map(np.array([0, 5]), relative, 5)),
+        ("expert", router_training.by_source(relative, ["one", "two"])),
+    ):
+        assert fig.layout.xaxis.title.text is None
+        (title,) = (note for note in fig.layout.annotations if note.text == words)
+        assert title.y == 0
+        assert -fig.layout.margin.b + 20 < title.yshift < -20  # below the labels and whole
+
+
 class TestCost:
     LINES = (
         Line("Mixture", 0, [16, 32], [1.0, 2.0], low=[0.5, 1.5], high=[1.5, 4.0], hover=["one", "two"]),
@@ -255,3 +306,22 @@ class TestCost:
         assert 10**low < 16
         assert 10**high > 1024
         assert list(fig.layout.xaxis.ticktext)[-1] == "1k"
+
+
+class TestSpeeds:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_bars_of_one_label_stand_together_below_the_roof(self, mode):
+        bars = [
+            Bar("a < b", 0, 5.0, 4.0, 7.0, "first"),
+            Bar("a < b", 1, 3.0, 2.5, 3.5, "second"),
+            Bar("c", 0, 1.0, 1.0, 1.0, "third"),
+        ]
+        fig = router_cost.speeds(bars, ["even", "uneven"], "TFLOP/s", roof=8.0, roof_words="one product", mode=mode)
+        even, uneven = fig.data
+        assert (list(even.x), list(uneven.x)) == ([5.0, 1.0], [3.0])
+        assert even.y[0] < uneven.y[0] < even.y[1]
+        assert list(even.error_x.array) == [2.0, 0.0]
+        assert list(even.error_x.arrayminus) == [1.0, 0.0]
+        assert list(even.customdata) == ["first", "third"]
+        assert fig.layout.shapes[0].x0 == 8.0 < fig.layout.xaxis.range[1]
+        assert [note.text for note in fig.layout.annotations] == ["a &lt; b", "c", "one product"]

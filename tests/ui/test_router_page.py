@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from engine.experiments import router_collapse, router_cost, router_text, router_token
+from engine.experiments._router_recorded import recorded_layer
 from engine.experiments._router_sources import Typical, TypicalToken
 from engine.moe.statistics import load_from_counts
 from engine.runtime.jobs import LocalJob
 from tests.ui.lab_pages import finished, words
+from ui.charts import router_training
+from ui.charts.router_training import Course
 from ui.labs import ROUTER
 from ui.page import NOTHING_TO_SHOW
-from ui.router import collapse, cost, learned, predict, text, way
+from ui.router import collapse, cost, learned, predict, recorded, text, way
 from ui.router.settings import COLLAPSE, COST, LEARNED, TEXT, WAY, YOURS
 
 SHORT = {"text": "The cat sat.\n\n1 + 2 = 3"}
@@ -144,7 +147,9 @@ class TestText:
         found = router_text.run(router_text.Params(**SHORT), LocalJob())
         assert coloured(app).count("class='token'") == len(found.tokens)
         np.testing.assert_array_equal(numbers(drawn(app, "router_load")["computed"]["y"]), found.load.load)
-        np.testing.assert_allclose(numbers(spec(app, "router_map")["data"][0]["z"]), found.probs.T)
+        np.testing.assert_allclose(numbers(spec(app, "router_map")["data"][0]["z"]), 8 * found.probs.T)
+        assert "probability ÷ the fair share 1/8, up to the largest shown" in words(app)
+        assert "sigmoid" not in words(app)
         assert found.sentence in words(app)
         assert found.router_sentence in words(app)
 
@@ -156,6 +161,7 @@ class TestText:
             ("selectbox", "kind", "random"),
             ("number_input", "capacity_factor", 0.5),
             ("button_group", "router", "clustered"),
+            ("slider", "tilt", 0.5),
         ],
     )
     def test_every_control_changes_the_load(self, lab, kind, key, value):
@@ -172,11 +178,65 @@ class TestText:
         assert f"Struck out: {found.left_out.sum()} tokens" in words(app)
         refused = numbers(drawn(app, "router_load")["refused: no room left"]["y"])
         np.testing.assert_array_equal(refused, found.load.wanted - found.load.load)
+        assert "it serves first choices before second ones, and earlier tokens before later ones" in words(app)
+
+    def test_first_choices_are_served_first_and_then_earlier_tokens(self):
+        found = router_text.run(router_text.Params(capacity_factor=0.4), LocalJob())
+        free = router_text.run(router_text.Params(), LocalJob())
+        for expert in range(8):
+            wishes = [(rank, place) for place, own in enumerate(free.experts) for rank in np.flatnonzero(own == expert)]
+            served = [place for _, place in sorted(wishes)[: found.capacity]]
+            assert sorted(served) == np.flatnonzero(found.gates[:, expert]).tolist()
+
+    def test_a_bias_sends_an_expert_more_tokens_and_leaves_probabilities_alone(self):
+        plain, biased = (router_text.run(router_text.Params(tilted=6, tilt=tilt), LocalJob()) for tilt in (0, 2))
+        assert biased.load.wanted[6] > plain.load.wanted[6]
+        np.testing.assert_array_equal(biased.probs, plain.probs)
+
+    def test_what_sigmoids_probabilities_are_is_said(self, lab):
+        said = words(lab(view=TEXT, kind="sigmoid", **SHORT))
+        assert "Of sigmoid routing it is a score divided by the sum of the token's scores." in said
+        assert "that of the scores divided by their sum" in words(lab(kind="sigmoid", **SHORT))
+        assert "scores" not in way.entropy_sentence(1.0, "softmax")
+
+    def test_a_source_that_is_not_there_is_said_and_a_shorter_text_forgets_its_own(self, lab):
+        app = lab(view=TEXT, source="9", **SHORT)
+        assert "The link sets router_source to “9”, but it must be one of all, 1, 2. all is used instead." in words(app)
+        app.selectbox(key="router_source").set_value("2")
+        assert "The link sets" not in words(finished(app))
 
     def test_a_capacity_that_drops_almost_everything_is_told(self, lab):
         app = lab(view=TEXT, capacity_factor="0.01", **SHORT)
         assert not app.exception
         assert "refused" in words(app)
+
+    def test_of_nothing_there_are_no_figures(self):
+        found = router_text.run(router_text.Params(**SHORT), LocalJob())
+        load = dataclasses.replace(
+            load_from_counts([0, 0]), relative=np.full(2, np.nan), entropy=np.nan, entropy_share=np.nan,
+            max_violation=np.nan, dropped_share=np.nan,
+        )  # fmt: skip
+        told = text.totals(dataclasses.replace(found, load=load))
+        assert {value for _, value, _ in told} == {"–"}
+        assert "nan" not in str(told)
+        told = text.totals(dataclasses.replace(found, load=load_from_counts([3, 1])))
+        assert [value for _, value, _ in told] == ["1.50 × fair", "0.56 nats", "0 of 2", "0%"]
+
+    @pytest.mark.parametrize("factor", ["0.01", "0.8", ""])
+    def test_there_is_one_fair_share_whatever_capacity_refuses(self, lab, factor):
+        app = lab(view=TEXT, capacity_factor=factor)
+        found = app.session_state["_run_router_text_run"].result
+        fair = 2 * len(found.tokens) / 8
+        np.testing.assert_allclose(drawn(app, "router_load")[f"fair share N·K/E, {fair:g} tokens"]["y"], fair)
+        tiles = {metric.label: metric.value for metric in app.metric}
+        assert tiles["Most wanted expert"] == f"{found.load.wanted.max() / fair:.2f} × fair"
+        assert found.load.wanted.max() > 1.3 * fair
+        assert ("dead: no token" in drawn(app, "router_load")) == (tiles["Wanted by no token"] != "0 of 8")
+
+    def test_where_experts_choose_the_load_is_what_is_shared(self):
+        load = load_from_counts([3, 3], [5, 3], experts_choose=True)
+        assert text.fair_share(load, experts_choose=True) == (3.0, "mean load")
+        assert text.fair_share(load, experts_choose=False)[0] == 4.0
 
     def test_one_source_is_looked_at_closely(self, lab):
         app = lab(view=TEXT, **SHORT)
@@ -184,7 +244,7 @@ class TestText:
         finished(app)
         found = app.session_state["_run_router_text_run"].result
         own = found.probs[found.token_source == 1]
-        np.testing.assert_allclose(numbers(spec(app, "router_map")["data"][0]["z"]), own.T)
+        np.testing.assert_allclose(numbers(spec(app, "router_map")["data"][0]["z"]), own.shape[1] * own.T)
         assert app.query_params["router_source"] == "2"
         linked = lab(view=TEXT, source="2", **SHORT)
         assert spec(linked, "router_map")["data"] == spec(app, "router_map")["data"]
@@ -215,7 +275,7 @@ class TestCollapse:
     def test_nothing_is_trained_unasked(self, lab):
         app = lab(view=COLLAPSE)
         assert "Nothing is trained yet" in words(app)
-        assert "Why a router collapses" in words(app)
+        assert "What can feed a collapse" in words(app)
         assert not app.progress
 
     def test_a_training_is_drawn_pinned_and_compared(self, lab):
@@ -224,14 +284,17 @@ class TestCollapse:
         heat = spec(app, "router_load_map")["data"][0]
         np.testing.assert_array_equal(numbers(heat["customdata"]), found.relative.T)
         assert found.sentence in words(app)
-        assert found.cause in words(app)
+        assert found.course in words(app)
         app.button(key="_router_pin_set").click()
         finished(app)
         assert "A and B are the same" in words(app)
         app.selectbox(key="router_collapse_balancing").set_value("loss-free bias")
         finished(app)
         assert "had other settings" in words(app)
+        assert "A and B are the same" not in words(app)
+        assert "B is not trained with these settings yet" in words(app)
         train(app)
+        assert "is not trained with these" not in words(app)
         assert "balancing none · B: balancing loss-free bias" in words(app)
         second = app.session_state["_run_router_run"].result
         for key, result in (("router_load_mapA", found), ("router_load_mapB", second)):
@@ -240,6 +303,19 @@ class TestCollapse:
             )
         assert {"A: no balancing", "B: loss-free bias, rate 0.03"} <= set(drawn(app, "router_loss"))
         assert np.array(second.bias).any()
+        told = collapse.trade([("A", found, None), ("B", second, None)])
+        assert told in words(app)
+        assert f"seen in the view “{LEARNED}”" in words(app)
+        show(app, LEARNED)
+        assert told in words(app)
+        assert "seen in the view" not in words(app)
+        for side, result in (("B", second), ("A", found)):
+            app.button_group(key="router_learned_run").set_value(side)
+            finished(app)
+            counts = numbers(spec(app, "router_by_source")["data"][0]["customdata"])
+            np.testing.assert_array_equal(counts, result.counts, err_msg=side)
+            assert result.learned in words(app)
+        show(app, COLLAPSE)
         app.button(key="_router_pin_clear").click()
         finished(app)
         assert drawn(app, "router_load_map")
@@ -260,7 +336,7 @@ class TestCollapse:
 
     def test_one_expert_has_nothing_to_balance(self, lab):
         app = train(lab(view=COLLAPSE, collapse_experts="1", collapse_steps="10"))
-        assert "There is one expert" in words(app)
+        assert "it gets every token, which is always its fair share, so all of the map has the colour" in words(app)
         assert spec(app, "router_load_map")
 
     def test_a_rate_that_is_too_high_leaves_a_sentence(self, lab):
@@ -282,6 +358,61 @@ class TestCollapse:
         assert low < better.held_out_loss[-1] < brief.held_out_loss[-1] < high < brief.held_out_loss[0]
         assert len(collapse.table(brief)) == brief.relative.size
 
+    def test_load_loss_and_what_experts_know_are_joined(self, brief):
+        def ended(took, loss, told):
+            relative, held_out, information = (
+                brief.relative.copy(),
+                brief.held_out_loss.copy(),
+                brief.information.copy(),
+            )
+            relative[-1] = np.where(np.arange(4) < took, 4 / took, 0.05)
+            held_out[-1], information[-1] = loss, told
+            return dataclasses.replace(brief, relative=relative, held_out_loss=held_out, information=information)
+
+        few, all_four = ended(1, 2.505, 1.31), ended(4, 2.486, 1.14)
+        for runs in ([("A", few, None), ("B", all_four, None)], [("A", all_four, None), ("B", few, None)]):
+            said = collapse.trade(runs)
+            side = "A" if runs[0][1] is few else "B"
+            assert f"in {side} 1 of 4 experts takes a tenth" in said
+            assert f"So {side}, with 3 fewer experts at work, pays 0.019 nats more for a token" in said
+            assert "its experts say 0.17 nats more about the source" in said
+            assert "one seed; between two seeds alone losses differ by 0.02" in said
+            assert not any(word in said for word in ("because", "therefore", "so that"))
+        same = collapse.trade([("A", few, None), ("B", ended(1, 2.505, 1.4), None)])
+        assert "So A, with as many experts at work, pays as much for a token" in same
+        assert "say 0.09 nats less" in same
+        alone = collapse.trade([("", few, None)])
+        assert "1 of 4 experts takes" in alone
+        assert "1.31 of 1.61 nats" in alone
+        assert "So " not in alone
+
+    def test_both_kinds_of_violation_are_told_by_name(self, brief):
+        params = router_collapse.Params(steps=20, experts=4)
+        since = brief.checked[-1] - brief.checked[-2]
+        said = collapse.balance_sentence([("one", brief, params)])
+        assert f"MaxVio {brief.max_violation[-1]:.2f} on held-out text" in said
+        trained = f"{brief.trained_violation[-1]:.2f} on the tokens trained on in the last "
+        assert trained + ("step" if since == 1 else f"{since} steps") in said
+
+    def test_of_no_load_nothing_is_said_but_that(self, brief):
+        gone = np.where(np.arange(len(brief.checked)) == len(brief.checked) - 1, np.nan, brief.max_violation)
+        relative = np.where(np.isnan(gone)[:, None], np.nan, brief.relative)
+        empty = dataclasses.replace(brief, max_violation=gone, relative=relative)
+        params = router_collapse.Params(steps=20, experts=4)
+        said = collapse.balance_sentence([("one", empty, params)])
+        assert "One: no token goes to any expert" in said
+        assert "nan" not in said
+        assert predict.idle_experts(empty) == 4
+        assert "no load" in router_collapse.describe_balance(empty.checked, relative, brief.trained_violation)
+        assert router_collapse.describe_course(empty.checked, relative, brief.directions, params) == ""
+        course = Course("one", empty.checked, empty.entropy, 1.4, gone, empty.trained_violation, empty.directions)
+        assert np.isfinite(router_training.balance([course], 20).layout.yaxis2.range).all()
+
+    def test_a_difference_is_put_beside_what_seeds_make(self, brief):
+        params = router_collapse.Params(steps=20, experts=4)
+        said = collapse.loss_sentence([("A: one", brief, params), ("B: two", brief, params)])
+        assert f"seeds alone make {router_collapse.SEED_NOISE:g}" in said
+
 
 class TestLearned:
     def test_it_asks_for_a_training_and_shows_what_came_of_it(self, lab):
@@ -298,6 +429,7 @@ class TestLearned:
         found = app.session_state["_run_router_text_run"].result
         assert found.information_sentence in words(app)
         assert found.router_sentence in words(app)
+        assert learned.UNTRAINED in words(app)
         assert not [button for button in app.button if button.key == "_router_train"]
 
     def test_the_busiest_come_first_and_the_dead_share_a_row(self):
@@ -310,7 +442,8 @@ class TestLearned:
         table = learned.typical_table(typical, ("code", "sums"))
         assert list(table["expert"]) == ["2", "1", "0, 3"]
         told = table.iloc[0].tolist()
-        assert told[2] == "“sums”, 100%"
+        assert told[2] == "mostly “sums”, 100%"
+        assert table.iloc[1].tolist()[2] == "most often “code”, 50%"
         assert "<\u00a01%" in told[3]
         assert r"␣\[a\]" in told[3]
         assert table.iloc[2].tolist()[3] == "dead: not one token"
@@ -361,6 +494,7 @@ class TestCost:
         found = app.session_state["_run_router_cost_run"].result
         assert found.ended == "finished"
         assert found.sentence in words(app)
+        assert "a bound only for sizes beyond the caches" in words(app)
         assert "Measured on" in words(app)
         line = drawn(app, "router_cost")["Mixture of experts"]
         own = [one for one in found.points if one.layer == "mixture" and one.axis == "tokens"]
@@ -373,6 +507,86 @@ class TestCost:
         finished(app)
         assert drawn(app, "router_cost")["Mixture of experts"]["x"] == [1, 2, 4]
         assert len(cost.table(found)) == len(found.points)
+
+
+class TestRecorded:
+    def test_it_is_labelled_as_recorded_and_follows_the_direction(self, lab):
+        app = lab(view=COST)
+        said = words(app)
+        layer = recorded_layer("forward")
+        assert "H200, recorded" in said
+        assert f"Recorded on an NVIDIA H200 on {layer.date}" in said
+        assert "not measured now" in said
+        assert recorded.sentence(layer) in said
+        even = drawn(app, "router_recorded")["even load"]
+        assert numbers(even["x"])[0] == pytest.approx(layer.found.way("ours").tflops)
+        app.selectbox(key="router_cost_direction").set_value("forward and backward")
+        finished(app)
+        both = recorded_layer("forward and backward")
+        assert recorded.sentence(both) in words(app)
+        assert "target" not in recorded.sentence(both)
+
+    def test_without_a_record_the_page_goes_without(self, lab, monkeypatch):
+        monkeypatch.setattr(recorded, "recorded_layer", lambda direction: None)
+        app = lab(view=COST)
+        assert not app.exception
+        assert "recorded" not in words(app)
+
+    @pytest.mark.parametrize(("tflops", "said"), [(499.0, "500 is missed"), (501.0, "500 is reached")])
+    def test_the_target_is_judged_by_the_number(self, tflops, said):
+        layer = recorded_layer("forward")
+        ways = tuple(dataclasses.replace(way, tflops=tflops) if way.name == "ours" else way for way in layer.found.ways)
+        changed = dataclasses.replace(layer, found=dataclasses.replace(layer.found, ways=ways))
+        assert said in recorded.sentence(changed)
+
+    def test_an_uneven_load_is_called_faster_only_where_the_times_show_it_and_never_explained(self):
+        layer = recorded_layer("forward")
+
+        def said(low, high, tflops=600.0):
+            ways = [way for way in layer.found.ways if (way.name, way.load) != ("ours", "uneven")]
+            ours = layer.found.way("ours", "uneven")
+            ways.append(dataclasses.replace(ours, low_ms=low, high_ms=high, tflops=tflops))
+            return recorded.sentence(dataclasses.replace(layer, found=dataclasses.replace(layer.found, ways=ways)))
+
+        even = layer.found.way("ours")
+        assert "it is 600 (the spreads of the two overlap: these runs do not show" in said(1.0, even.low_ms)
+        assert "it is 600 (faster, and these times do not say why)" in said(1.0, 0.9 * even.low_ms)
+        assert "it is 100; " in said(9.0, 10.0, tflops=100.0)
+
+    def test_a_bar_that_is_missing_is_explained(self):
+        layer = recorded_layer("forward")
+        why = "which transformers' block does not take: it has no such bar"
+        assert why in recorded.sentence(layer)
+        ways = tuple(way for way in layer.found.ways if "transformers" not in way.name)
+        assert why not in recorded.sentence(
+            dataclasses.replace(layer, found=dataclasses.replace(layer.found, ways=ways))
+        )
+
+    def test_a_loop_whose_spread_touches_is_no_slower(self):
+        found = recorded_layer("forward").found
+        ours = found.way("ours")
+
+        def with_loop(low, high):
+            ways = [way for way in found.ways if way.name != "loop, our rows"]
+            loop = dataclasses.replace(ours, name="loop, our rows", low_ms=low, high_ms=high, tflops=123.0)
+            return recorded.parts_sentence(dataclasses.replace(found, ways=(*ways, loop)))
+
+        assert "show no difference" in with_loop(ours.high_ms, 2 * ours.high_ms)
+        assert "it is 123 TFLOP/s with a loop" in with_loop(1.1 * ours.high_ms, 2 * ours.high_ms)
+
+    def test_errors_are_told_where_they_differ(self):
+        found = recorded_layer("forward").found
+        assert "rounds logits" in recorded.error_sentence(found)
+        alike = tuple(dataclasses.replace(way, error=0.004) for way in found.ways)
+        assert recorded.error_sentence(dataclasses.replace(found, ways=alike)) == ""
+        none = tuple(way for way in found.ways if "transformers" not in way.name)
+        fewer = dataclasses.replace(found, ways=none)
+        assert recorded.error_sentence(fewer) == ""
+        assert {bar.label for bar in recorded.bars(fewer)} < set(recorded.LABELS.values())
+
+    def test_whiskers_are_the_speeds_of_the_ends_of_the_spread(self):
+        for bar in recorded.bars(recorded_layer("forward").found):
+            assert bar.low <= bar.value <= bar.high
 
 
 class TestPredict:
@@ -484,10 +698,11 @@ class TestWrongInput:
         assert len(app.warning) == 3
         assert spec(app, "router_way")
 
-    def test_a_view_that_does_not_exist_opens_the_first(self, lab):
+    def test_a_view_that_does_not_exist_opens_the_first_and_is_said(self, lab):
         app = lab(view="Nowhere")
         assert app.button_group(key="router_view").value == WAY
         assert spec(app, "router_way")
+        assert "The link sets the view to “Nowhere”, but it must be one of One token's way, A text," in words(app)
 
 
 def test_the_tests_tab_is_green(lab):

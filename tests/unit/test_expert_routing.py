@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from engine import ExpertRouter
 from engine.errors import InputError
+from engine.moe.balance import capacity
 from engine.moe.kinds import KINDS
 from engine.moe.routing import check_finite
 
@@ -132,9 +133,10 @@ def test_every_routing_adds_up(case):
         if (case["normalize"] and K > 1) or kind == "random":
             torch.testing.assert_close(dense.sum(-1), valid.float())
     else:
-        assert (routing.counts == routing.wanted.clamp_max(math.floor(factor * routing.num_tokens * K / E))).all()
-        for token, expert in refused:  # those that come first are taken
-            assert all(kept_token < token for kept_token, own in kept if own == expert)
+        assert (routing.counts == routing.wanted.clamp_max(capacity(routing.num_tokens, E, K, factor))).all()
+        place = {(n, e): (k, n) for n, row in enumerate(indices.tolist()) for k, e in enumerate(row)}
+        for one in refused:  # first choices are taken before second ones, and then those of the first tokens
+            assert all(place[other] < place[one] for other in kept if other[1] == one[1])
 
 
 class TestGates:
@@ -314,13 +316,17 @@ class TestNumbers:
         with pytest.raises(InputError, match=r"weight has 3 of 64 numbers that are not finite.*learning rate"):
             layer.route(normal(2, 3, 16))
 
-    def test_a_routing_that_was_not_checked_can_be(self, monkeypatch):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU: nothing is checked
-        layer, x = router(), normal(6, 16)
-        check_finite(layer.route(x))
-        x[4, 0] = math.inf
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_routing_that_was_compiled_is_not_checked_but_can_be(self, kind, value):
+        layer, x = router(kind=kind), normal(6, 16)
+        route = torch.compile(layer.route, backend="eager")
+        check_finite(route(x))
+        x[4, 0] = value
+        routing = route(x)
+        assert routing.logits.isnan().any(-1).tolist() == [False] * 4 + [True, False]
         with pytest.raises(InputError, match=r"layers\.3 gave logits that are not finite for 1 of 6 tokens"):
-            check_finite(layer.route(x), "layers.3")
+            check_finite(routing, "layers.3")
 
 
 class TestModule:

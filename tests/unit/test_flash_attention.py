@@ -1,6 +1,7 @@
 """Both layers compute the same attention, in every precision, and never anything but finite numbers."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from engine.errors import InputError
 from engine.flash import choice
 from engine.flash.attention import InHalfPrecision, fits_half_precision
 from engine.flash.backends import BACKENDS, standard_attention
+from engine.measure import Evidence
 
 SHAPES = [
     (2, 8, 8, 128, 128, 64),
@@ -23,11 +25,7 @@ SHAPES = [
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_remembered():
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
 
 
 def drawn(shape, seed=0, dtype=torch.float32, device="cpu"):
@@ -289,10 +287,15 @@ def test_gradients_only_of_what_wants_them():
 
 def test_the_first_calls_take_a_kernel_that_needs_no_start(monkeypatch):
     measured = []
-    measure = choice.measure_time
-    monkeypatch.setattr(
-        choice, "measure_time", lambda *args, **options: measured.append(1) or measure(*args, **options)
-    )
+
+    def measure(run, device, *, dtype, shape, runs):
+        run()
+        measured.append(run)
+        median = 4.0 ** len(measured)  # far apart: real times that come close on a busy machine are taken again
+        return Evidence(median, median, median, runs, "", device, str(dtype), shape, {})
+
+    monkeypatch.setattr(choice, "measure_time", measure)
+    monkeypatch.setattr(choice, "exclusive", lambda *_, **__: nullcontext())  # whoever measures beside this test
     tensors = drawn((1, 2, 2, 32, 32, 16))
     for _ in range(3):
         FlashAttention(16, calls_before_measuring=3)(*tensors)
@@ -451,3 +454,24 @@ def test_a_cuda_graph_can_record_it():
         torch.cuda.synchronize()
         wanted = standard_attention(*tensors, True)
         torch.testing.assert_close(output, wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("layer", [StandardAttention, FlashAttention])
+def test_under_autocast_it_is_computed_in_autocasts_dtype_throughout(layer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(2, 2, 24, 16, generator=generator) for _ in range(3)]
+    module = layer(16, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = module(*tensors)
+    assert torch.equal(under, module(*(x.bfloat16() for x in tensors)))
+
+
+def test_exact_precision_is_exact_under_autocast_too():
+    tensors = [torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    module = FlashAttention(16, precision="exact")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(*tensors), module(*tensors).float())
+        torch.testing.assert_close(
+            module(*tensors), StandardAttention(16).double()(*(x.double() for x in tensors)).float()
+        )

@@ -18,11 +18,7 @@ from engine.measure import Evidence, exclusive, measure_time
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_remembered():
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
 
 
 def drawn(seed=0, shape=(2, 4, 2, 64, 64, 16), dtype=torch.float32, device="cpu"):

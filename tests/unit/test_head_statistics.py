@@ -12,6 +12,7 @@ from engine.head_statistics import (
     induction_score,
     mean_distance,
     previous_token_score,
+    probe_periods,
     repeated_random_tokens,
 )
 
@@ -73,6 +74,14 @@ def test_induction_looks_one_past_the_earlier_occurrence():
     assert induction_score(attending(1), period) == 0
     with pytest.raises(ValueError, match=f"{T + 1}"):
         induction_score(attending(1), T + 1)
+
+
+@pytest.mark.parametrize("longest", [20, 25, 32])
+def test_looking_equally_far_back_is_induction_on_one_probe_period_only(longest):
+    periods = probe_periods(longest)
+    assert max(periods) == longest
+    for back in (period - 1 for period in periods):
+        assert sum(induction_score(attending(back, 2 * period), period) for period in periods) == 1
 
 
 def test_one_token_has_neither_a_previous_nor_a_sink():

@@ -1,5 +1,6 @@
 """Measurements of things whose time and size are known."""
 
+import gc
 import importlib.metadata
 import os
 import threading
@@ -70,6 +71,31 @@ def test_peak_memory_counts_what_is_alive_at_once(megabytes):
 
     assert peak_memory(one_after_the_other, "cpu") == pytest.approx(megabytes * 2**20, rel=0.01)
     assert peak_memory(both_at_once, "cpu") == pytest.approx(2 * megabytes * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_was_garbage_before_is_not_subtracted(alone):
+    def drop():
+        cycle = [torch.ones(2**21)]  # 8 MB
+        cycle.append(cycle)
+
+    def allocate():
+        gc.collect()
+        torch.empty(2**20)
+
+    gc.disable()
+    try:
+        drop()
+        assert peak_memory(allocate, "cpu", alone=alone) == 4 * 2**20
+    finally:
+        gc.enable()
+
+
+def test_what_is_weighed_has_the_device_unless_it_measures_itself():
+    held = []
+    for alone in (True, False):
+        peak_memory(lambda: held.append(is_held("cpu")), "cpu", alone=alone)
+    assert held == [True, False]
 
 
 def test_measurements_wait_for_each_other():

@@ -47,6 +47,19 @@ def test_flops_are_those_that_pytorch_counts(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_activations_are_what_each_step_reads_and_writes(shape):
+    N, D, F, E, K = shape
+    A = N * K
+    logits, gathering, weighted_sum = (N * D, N * E), (A * D, A * D), (A * D, N * D)
+    for rows, cost, around in (
+        (A, mixture(*shape, element_bytes=4), (*logits, *gathering, *weighted_sum)),
+        (N, dense(N, D, F, element_bytes=4), ()),
+    ):
+        gate_and_up, silu_times, down = (rows * D, rows * 2 * F), (rows * 2 * F, rows * F), (rows * F, rows * D)
+        assert cost.activation_bytes == 4 * sum((*around, *gate_and_up, *silu_times, *down))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_dense_networks_are_equal_in_what_they_say(shape):
     num_tokens, d_model, ffn_dim, num_experts, top_k = shape
     cost = mixture(*shape)

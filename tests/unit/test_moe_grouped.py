@@ -39,7 +39,8 @@ def check(way, counts, inputs, outputs, dtype, seed=0, device="cpu", transposed=
         wanted_gradients = torch.autograd.grad(wanted, (exact_x, exact_stored), upstream.double())
     else:
         wanted, wanted_gradients = found.double(), [torch.zeros_like(each) for each in (exact_x, exact_stored)]
-    tolerance = 4 * torch.finfo(dtype).eps
+    room = 128 if dtype == torch.float64 else 4  # the reference is float64 itself, summed in another order
+    tolerance = room * torch.finfo(dtype).eps
     for one, other in zip((found, *found_gradients), (wanted, *wanted_gradients), strict=True):
         assert one.shape == other.shape
         if one.numel():

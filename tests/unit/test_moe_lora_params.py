@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import InputError
 from engine.experiments import _lora, parse
-from engine.experiments._moe_lora import ROLES, TASK_NAMES
+from engine.experiments._moe_lora import LEARNING_RATES, ROLES, TASK_NAMES, Try, best_rates, tried_rates
 
 NAMES = ("moe_lora", "moe_lora_tests", "moe_lora_split")
 
@@ -114,6 +114,28 @@ def test_each_run_has_its_own_learning_rate_unless_one_is_given():
     own, given = parse("moe_lora", {}), parse("moe_lora", {"learning_rate": 0.002})
     assert {given.rate(role) for role in ROLES} == {0.002}
     assert all(own.rate(role) > 0 for role in ROLES)
+
+
+def test_own_learning_rates_are_chosen_by_one_rule_from_the_same_tries():
+    tried = tried_rates()
+    assert best_rates(tried.tries) == LEARNING_RATES
+    tries = [{(one.learning_rate, one.seed) for one in tried.tries if one.role == role} for role in ROLES]
+    assert tries[0] == tries[1] == tries[2]
+    assert len(tried.tries) == sum(map(len, tries))
+    rates = sorted({rate for rate, _ in tries[0]})
+    assert all(rates[0] < rate < rates[-1] for rate in LEARNING_RATES.values())  # what is best may not lie outside
+    assert parse("moe_lora", {}).seed not in {seed for _, seed in tries[0]}
+    assert parse("moe_lora", {}).steps == tried.steps
+
+
+def test_most_right_answers_win_and_then_the_lower_loss():
+    tries = [
+        Try(role, rate, seed, right, loss)
+        for role in ROLES
+        for rate, seed, right, loss in ((0.1, 0, 0.5, 1.0), (0.1, 1, 0.5, 1.0), (0.2, 0, 0.9, 3.0), (0.2, 1, 0.0, 3.0),
+                                        (0.3, 0, 0.4, 0.5), (0.3, 1, 0.6, 0.9))
+    ]  # fmt: skip
+    assert set(best_rates(tries).values()) == {0.3}
 
 
 def test_the_tasks_have_names():

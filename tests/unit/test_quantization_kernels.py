@@ -5,6 +5,7 @@ process of its own, `python -m tests.unit.test_quantization_kernels`.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,27 @@ def check_a_number_that_is_not_finite_shows_in_its_block(device):
             assert absmax.isfinite().tolist() == [True, True, True, False, True]
 
 
+def check_one_number_tells_whether_all_are_finite(device):
+    from engine.quantization import kernels
+
+    for name in kernels.ENCODERS:
+        for dtype in DTYPES:
+            for seed, block_size in enumerate(BLOCK_SIZES):
+                w = normal(seed, 9 * 777).to(device, dtype)
+                w[11] = torch.finfo(dtype).max
+                broken = torch.zeros(1, dtype=torch.int32, device=device)
+                plain = kernels.quantize_blocks(w, name, block_size)
+                for found, wanted in zip(kernels.quantize_blocks(w, name, block_size, broken), plain, strict=True):
+                    assert torch.equal(found, wanted)
+                assert broken.item() == 0
+                for value, place in ((math.nan, 0), (math.inf, 4000), (-math.inf, 9 * 777 - 1)):
+                    w_broken = w.clone()
+                    w_broken[place] = value
+                    broken.zero_()
+                    kernels.quantize_blocks(w_broken, name, block_size, broken)
+                    assert broken.item() == 1, (value, place, dtype, block_size)
+
+
 def assert_values(found, wanted):
     """Equal to the bit; Triton's interpreter cuts bfloat16 off where the GPU rounds."""
     cut = 2.0**-7 if found.dtype == torch.bfloat16 and not found.is_cuda else 0
@@ -180,6 +202,33 @@ def check_values_with_quantized_scales_are_the_references(device):
         assert_values(back, q.dequantize())
 
 
+def check_values_stay_within_their_dtype(device):
+    """As the reference's do: in a narrower dtype, and where a scale that is quantized itself is beyond float32."""
+    from engine.quantization import kernels
+
+    def back(q):
+        scales = (
+            q.scales.to(device)
+            if not q._is_doubly_quantized
+            else kernels.NestedScales(
+                *(part.to(device) if isinstance(part, torch.Tensor) else part for part in q.scales.parts)
+            )
+        )
+        codes = levels("nf4").to(device)
+        return kernels.dequantize_blocks(q.payload.to(device), scales, codes, 64, q.shape, q.dtype)
+
+    for seed in range(20):
+        w = 50 * normal(seed, 8 + seed, 64)
+        w[0] *= torch.finfo(torch.float32).max / w[0].abs().max()
+        q = quantize(w, "nf4", double_quantization=True)
+        assert_values(back(q), q.dequantize())
+        for double in (False, True):
+            wide = quantize(5e6 * normal(seed, 4, 64), "nf4", double_quantization=double)
+            narrow = replace(wide, dtype=torch.float16)
+            assert (wide.dequantize().abs() > torch.finfo(torch.float16).max).any()
+            assert_values(back(narrow), narrow.dequantize())
+
+
 def check_every_launch_gives_the_same(device):
     from engine.quantization import kernels
 
@@ -187,7 +236,7 @@ def check_every_launch_gives_the_same(device):
     payload, absmax = kernels.quantize_blocks(w, "nf4", 64)
     back = kernels.dequantize_blocks(payload, absmax, levels("nf4").to(device), 64, w.shape, w.dtype)
     for launch in (kernels.Launch(64, 1), kernels.Launch(1024, 2), kernels.Launch(4096, 8)):
-        other_payload, other_absmax = kernels.quantize_blocks(w, "nf4", 64, launch)
+        other_payload, other_absmax = kernels.quantize_blocks(w, "nf4", 64, launch=launch)
         assert torch.equal(other_payload, payload)
         assert torch.equal(other_absmax, absmax)
         assert torch.equal(

@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from bitsandbytes import optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import engine.trainer
-from engine import training_state
+from engine import ExpertRouter, PagedAdamW, inject_lora, inject_moe_lora, quantize_model_4bit, training_state
 from engine.data import IGNORED, Batch, TokenBlocks, create_test_dataset
 from engine.errors import InputError
 from engine.finetuning.methods import make_trainer, prepare
 from engine.model import Decoder, ModelConfig, Parts, create_test_transformer
+from engine.moe.feed_forward import MoEFeedForward
+from engine.quantization.production import quantize_model_8bit
 from engine.trainer import DivergedError, Trainer, TrainerOptions, evaluate
 
 SEEDS = range(3)
@@ -59,6 +62,37 @@ def trainer(model=None, dataset=None, **options):
         held_out=blocks(6, seed=1),
         **own,
     )
+
+
+def adapted(seed, quant_type="nf4"):
+    """4-bit weights that stay as they are, with adapters that learn beside them."""
+    model = quantize_model_4bit(decoder(seed, d_model=32, dropout=0.3), quant_type)
+    inject_lora(model, 2, 4.0, ("q_proj", "up_proj"))
+    return model
+
+
+def mix(config):
+    """Experts that a router keeps busy by a bias that it moves."""
+    router = ExpertRouter(config.d_model, 4, 2, bias_rate=0.01)
+    return MoEFeedForward(config.d_model, config.ffn_dim, 4, 2, router=router)
+
+
+def mixed(seed):
+    return decoder(seed, Parts(feed_forward=mix), dropout=0.3)
+
+
+def mixed_and_quantized(seed):
+    model = quantize_model_4bit(decoder(seed, Parts(feed_forward=mix), d_model=32))
+    inject_lora(model, 2, 4.0, ("q_proj",))
+    return model
+
+
+def tuned(seed):
+    """A mixture of adapters beside frozen weights."""
+    model = decoder(seed)
+    torch.manual_seed(seed)
+    inject_moe_lora(model, 4, 2, 2, ("up_proj",))
+    return model
 
 
 def weights(model):
@@ -287,6 +321,17 @@ class TestSteps:
         expected = trainer(dataset=PartlyScored()).train_steps(4)
         assert trainer(dataset=PartlyScored(), on_step=lambda report: torch.rand(3)).train_steps(4) == expected
 
+    @pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW"])
+    @pytest.mark.parametrize("ended", [True, False])
+    def test_a_new_run_starts_with_nothing_remembered(self, optimizer, ended):
+        """It takes the steps of a new trainer on the same weights, whether the run before it ended or was cut off."""
+        run = trainer(decoder(dropout=0.2), optimizer=optimizer, cancelled=None if ended else Stop(2))
+        run.train_steps(4)
+        run.cancelled, copied = None, copy.deepcopy(run.model)
+        expected = trainer(copied, optimizer=optimizer).train_steps(4)
+        assert run.train_steps(4) == expected
+        assert same(weights(run.model), weights(copied))
+
     @pytest.mark.parametrize("training", [True, False])
     def test_every_module_s_mode_is_put_back(self, training):
         model = decoder(dropout=0.1).train(training)
@@ -297,6 +342,251 @@ class TestSteps:
         assert [module.training for module in model.modules()] == modes
         run.train_steps(1)
         assert [module.training for module in model.modules()] == modes
+
+
+class TestPagedOptimizer:
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_takes_the_steps_of_the_plain_one_where_nothing_is_paged(self, seed):
+        plain, paged = decoder(seed), decoder(seed)
+        expected = trainer(plain, weight_decay=0.5, beta1=0.8, seed=seed).train_steps(5)
+        run = trainer(paged, weight_decay=0.5, beta1=0.8, seed=seed, optimizer="paged AdamW")
+        assert run.train_steps(5) == expected
+        assert same(weights(paged), weights(plain))
+
+    @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+    @pytest.mark.parametrize(("begins", "ends"), [("paged", "paged"), ("plain", "paged"), ("paged", "plain")])
+    def test_a_checkpoint_of_bitsandbytes_goes_on_with_torch_s_and_the_other_way_round(
+        self, monkeypatch, tmp_path, begins, ends
+    ):
+        """On the CPU bitsandbytes keeps the same numbers under the same names, though it does not page them."""
+        makers = {"paged": optim.PagedAdamW, "plain": PagedAdamW}
+
+        def run(which, seed, cancelled=None):
+            monkeypatch.setattr(engine.trainer, "PagedAdamW", makers[which])
+            return trainer(decoder(seed), optimizer="paged AdamW", weight_decay=0.5, cancelled=cancelled)
+
+        whole = run("plain", 0)
+        expected = whole.train_steps(8)
+        first = run(begins, 0, Stop(3))
+        begun = first.train_steps(8)
+        first.save(tmp_path / "run.safetensors")
+        second = run(ends, 7)
+        second.load(tmp_path / "run.safetensors")
+        kept = {"state1", "state2", "step"} if ends == "paged" else {"exp_avg", "exp_avg_sq", "step"}
+        assert all(state.keys() == kept for state in second._optimizer.state.values())
+        assert begun + second.resume() == pytest.approx(expected, rel=1e-4)
+        for name, weight in weights(second.model).items():
+            moved = (weight - weights(decoder(0))[name]).norm()
+            assert (weight - weights(whole.model)[name]).norm() < 0.01 * moved
+
+    def test_a_checkpoint_says_which_one_it_was(self, tmp_path):
+        run = trainer(optimizer="paged AdamW")
+        run.train_steps(1)
+        run.save(tmp_path / "run.safetensors")
+        other = trainer()
+        other.load(tmp_path / "run.safetensors")
+        assert other.options.optimizer == "paged AdamW"
+
+
+class TestFrozenWeights:
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW"])
+    def test_stay_as_they_are_whatever_gradient_was_left_in_them(self, seed, optimizer):
+        """A gradient from before they were frozen would decay them, and shorten the others' if it were clipped."""
+        results = []
+        for left in (0.0, 1e6):
+            model = decoder(seed)
+            inject_lora(model, 2, 4.0, ("q_proj", "up_proj"))
+            frozen = {name: value for name, value in weights(model).items() if "adapter" not in name}
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, left)
+            losses = trainer(model, seed=seed, optimizer=optimizer).train_steps(3)
+            after = weights(model)
+            assert all(torch.equal(after[name], value) for name, value in frozen.items())
+            assert any(after[name].any() for name in after if name.endswith("adapter.B"))
+            results.append((losses, after))
+        assert results[0][0] == results[1][0]
+        assert same(results[0][1], results[1][1])
+
+    def test_that_are_all_there_is_can_be_evaluated_and_are_one_sentence_to_train(self):
+        run = trainer(decoder().requires_grad_(False))
+        assert run.evaluate() > 0
+        with pytest.raises(InputError, match="Every weight of the model is frozen: give it adapters"):
+            run.train_steps(1)
+
+
+class TestEarlyStopping:
+    """Held-out losses are given, so that it is known when it should stop and which weights are best."""
+
+    def run(self, losses, patience, evaluate_every=2, monkeypatch=None, **given):
+        run = trainer(evaluate_every=evaluate_every, patience=patience, **given)
+        left = iter(losses)
+        monkeypatch.setattr(run, "evaluate", lambda: next(left))
+        return run
+
+    @pytest.mark.parametrize(
+        ("losses", "patience", "stops_after", "best"),
+        [
+            ([3.0, 2.0, 2.5, 2.4, 1.0], 2, 4, 2),
+            ([3.0, 2.0, 2.0, 1.9, 9.0], 1, 3, 2),
+            ([3.0, 2.0, 2.5, 1.9, 2.0], 2, None, 4),
+            ([3.0, 1.0, 2.0, 3.0, 4.0], 9, None, 2),
+            ([5.0, 4.0, 3.0, 2.0, 1.0], 1, None, 5),
+            ([3.0, 4.0, 5.0, 6.0, 7.0], 3, 4, 1),
+            ([math.nan, 4.0, math.nan, math.inf, 3.0], 2, 4, 2),
+            ([5.0, 4.0, 3.0, 4.0, 5.0], 2, 5, 3),
+        ],
+    )
+    def test_ends_the_run_with_the_weights_of_its_best_evaluation(
+        self, monkeypatch, losses, patience, stops_after, best
+    ):
+        learned, reports, model = {}, [], decoder(dropout=0.2)
+        run = self.run(losses, patience, monkeypatch=monkeypatch, model=model, on_step=reports.append)
+        given = run.evaluate
+        monkeypatch.setattr(run, "evaluate", lambda: learned.update({run.step: weights(model)}) or given())
+        found = run.train_steps(10)
+        stopped = stops_after is not None
+        assert len(found) == len(reports) == (2 * stops_after if stopped else 10)
+        assert run.stopped_early is stopped
+        seen = losses[:stops_after]
+        assert [step for step, _ in run.evaluations] == [2 * number for number in range(1, len(seen) + 1)]
+        assert [loss for _, loss in run.evaluations] == pytest.approx(seen, nan_ok=True)
+        told = [report.held_out_loss for report in reports]
+        assert told[::2] == [None] * (len(told) // 2)
+        assert told[1::2] == pytest.approx(seen, nan_ok=True)
+        assert same(weights(model), learned[2 * best])
+        assert run.resume() == []
+
+    @pytest.mark.parametrize("patience", [None, 3])
+    @pytest.mark.parametrize(("every", "steps"), [(4, 10), (4, 8), (20, 10), (1, 1)])
+    def test_the_last_step_is_followed_by_an_evaluation_whatever_divides_the_steps(
+        self, monkeypatch, every, steps, patience
+    ):
+        run = self.run([3.0, 2.0, 1.0], patience, every, monkeypatch)
+        run.train_steps(steps)
+        assert [step for step, _ in run.evaluations] == [*range(every, steps, every), steps]
+
+    def test_the_tail_of_a_run_that_is_no_better_is_put_back(self, monkeypatch):
+        learned = {}
+        run = self.run([], 9, 4, monkeypatch)
+        given = iter([3.0, 1.0, 2.0])
+        monkeypatch.setattr(run, "evaluate", lambda: learned.update({run.step: weights(run.model)}) or next(given))
+        run.train_steps(10)
+        assert learned.keys() == {4, 8, 10}
+        assert same(weights(run.model), learned[8])
+        assert not run.stopped_early
+
+    def test_a_cancelled_run_keeps_its_last_weights_and_goes_on_with_them(self, monkeypatch):
+        expected = trainer(decoder(dropout=0.3)).train_steps(6)
+        run = self.run([1.0, 2.0, 3.0], 9, monkeypatch=monkeypatch, model=decoder(dropout=0.3), cancelled=Stop(5))
+        begun = run.train_steps(6)
+        run.cancelled = None
+        assert begun + run.resume() == expected
+
+    @pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    @pytest.mark.parametrize("patience", [1, 9])
+    def test_what_the_optimizer_remembers_of_other_weights_is_forgotten(self, monkeypatch, tmp_path, losses, patience):
+        """Also in a file: a run that has ended is loaded with as little."""
+        run = self.run(losses, patience, monkeypatch=monkeypatch)
+        run.train_steps(6)
+        assert not run._optimizer.state
+        run.save(tmp_path / "run.safetensors")
+        other = trainer(decoder(5))
+        other.load(tmp_path / "run.safetensors")
+        assert same(weights(other.model), weights(run.model))
+        assert other.resume() == []
+
+    def test_a_loss_that_is_never_a_number_stops_too_and_keeps_the_last_weights(self, monkeypatch):
+        run = self.run([math.nan] * 5, 2, monkeypatch=monkeypatch)
+        assert len(run.train_steps(10)) == 4
+        assert all(weight.isfinite().all() for weight in weights(run.model).values())
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_what_a_model_learns_by_heart_stops_where_the_held_out_loss_was_lowest(self, seed):
+        """Random tokens: what helps with those learned does not help with others."""
+        options = {"learning_rate": 0.03, "warmup": 0.0, "seed": seed, "evaluate_every": 3}
+        whole = trainer(decoder(seed), **options)
+        whole.train_steps(60)
+        run = trainer(decoder(seed), patience=3, **options)
+        losses = run.train_steps(60)
+        lowest = min(loss for _, loss in run.evaluations)
+        assert run.stopped_early
+        assert len(losses) < 60
+        assert run.evaluations == whole.evaluations[: len(run.evaluations)]
+        assert run.evaluate() == pytest.approx(lowest, rel=1e-6)
+        assert min(loss for _, loss in run.evaluations[-3:]) >= lowest
+
+    @pytest.mark.parametrize("mixture", [False, True])
+    def test_evaluating_changes_no_step(self, mixture):
+        results = []
+        for every in (None, 1, 2):
+            model = mixed(0) if mixture else decoder(dropout=0.3)
+            losses = trainer(model, evaluate_every=every, accumulate=2).train_steps(6)
+            results.append((losses, training_state.tensors_of(model)))
+        for losses, after in results[1:]:
+            assert losses == results[0][0]
+            assert same(after, results[0][1])
+
+    def test_epochs_are_averaged_over_the_steps_they_have(self, monkeypatch):
+        """24 samples, 4 a step: nine steps are an epoch of six and a part of three."""
+        steps = []
+        run = self.run([1.0, 1.5, 1.5, 0.0], 2, 3, monkeypatch, on_step=lambda report: steps.append(report.loss))
+        assert run.train(5) == pytest.approx([sum(steps[:6]) / 6, sum(steps[6:]) / 3])
+        assert len(steps) == 9
+
+    def test_a_new_run_starts_counting_anew(self, monkeypatch):
+        run = self.run([1.0, 2.0, 3.0, 2.5], 1, monkeypatch=monkeypatch)
+        assert len(run.train_steps(10)) == 4
+        assert len(run.train_steps(4)) == 4
+        assert [loss for _, loss in run.evaluations] == [3.0, 2.5]
+
+    @pytest.mark.parametrize("after", [1, 2, 5, 7, 8])
+    def test_an_interrupted_run_stops_where_the_whole_one_does(self, monkeypatch, tmp_path, after):
+        losses = [3.0, 2.0, 2.5, 2.4, 1.0]
+        whole = self.run(losses, 2, monkeypatch=monkeypatch, model=decoder(dropout=0.3))
+        expected = whole.train_steps(10)
+        given = {"model": decoder(dropout=0.3), "cancelled": Stop(after)}
+        first = self.run(losses, 2, monkeypatch=monkeypatch, **given)
+        begun = first.train_steps(10)
+        first.save(tmp_path / "run.safetensors")
+        second = trainer(decoder(9, dropout=0.3))
+        second.load(tmp_path / "run.safetensors")
+        left = iter(losses[after // 2 :])
+        monkeypatch.setattr(second, "evaluate", lambda: next(left))
+        assert begun + second.resume() == expected
+        assert second.evaluations == whole.evaluations
+        assert second.stopped_early
+        assert same(weights(second.model), weights(whole.model))
+
+    @pytest.mark.parametrize("spoil", ["all gone", "gone", "other shape", "no number"])
+    def test_best_weights_that_cannot_be_are_a_damaged_checkpoint(self, monkeypatch, tmp_path, spoil):
+        run = self.run([1.0], 2, monkeypatch=monkeypatch)
+        run.train_steps(2)
+        run.save(tmp_path / "run.safetensors")
+        tensors, facts = training_state.read(tmp_path / "run.safetensors")
+        value = tensors.pop("best.norm.weight")
+        if spoil == "all gone":
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("best.")}
+        elif spoil != "gone":
+            tensors["best.norm.weight"] = torch.zeros(3) if spoil == "other shape" else value + math.nan
+        training_state.write(tmp_path / "run.safetensors", tensors, facts)
+        other = trainer(decoder(4))
+        before = weights(other.model)
+        with pytest.raises(InputError, match="damaged or incomplete"):
+            other.load(tmp_path / "run.safetensors")
+        assert same(weights(other.model), before)
+        assert other.evaluations == []
+
+    def test_only_what_learns_is_kept(self, monkeypatch, tmp_path):
+        model = decoder()
+        inject_lora(model, 2, 4.0, ("q_proj",))
+        run = self.run([1.0], 2, monkeypatch=monkeypatch, model=model)
+        run.train_steps(2)
+        run.save(tmp_path / "run.safetensors")
+        tensors, _ = training_state.read(tmp_path / "run.safetensors")
+        best = set(training_state.part(tensors, "best."))
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert best == learning | {name for name, _ in model.named_buffers()}
 
 
 class TestContract:
@@ -405,6 +695,59 @@ class TestResuming:
         second.load(tmp_path / "run.safetensors")
         assert second.resume() == expected[after:]
         assert same(weights(second.model), weights(whole.model))
+
+    @pytest.mark.parametrize("after", [0, 1, 4])
+    @pytest.mark.parametrize("kind", ["quantized", "mixed", "mixed and quantized", "mixed adapters"])
+    def test_with_four_bits_and_with_routers_too(self, tmp_path, kind, after):
+        def run(seed, stop=None):
+            model = {"quantized": adapted, "mixed": mixed, "mixed and quantized": mixed_and_quantized}.get(kind, tuned)
+            chosen = {"evaluate_every": 2, "patience": 5, "accumulate": 2, "batch_size": 3, "seed": 3}
+            return trainer(model(seed), cancelled=stop, **chosen)
+
+        whole = run(0)
+        expected = whole.train_steps(6)
+        assert expected[-1] != expected[0]
+        first = run(0, Stop(after))
+        assert first.train_steps(6) == expected[:after]
+        first.save(tmp_path / "run.safetensors")
+        ids = blocks(4, seed=8).ids
+        for used in (False, True):
+            second = run(99)
+            if used:
+                second.train_steps(1)
+            second.load(tmp_path / "run.safetensors")
+            assert second.resume() == expected[after:]
+            assert second.evaluations == whole.evaluations
+            assert same(training_state.tensors_of(second.model), training_state.tensors_of(whole.model))
+            assert torch.equal(second.model.eval()(ids), whole.model.eval()(ids))
+
+    @pytest.mark.parametrize("used", [False, True])
+    def test_eight_bits_go_with_their_scales(self, tmp_path, used):
+        """bitsandbytes moves the scales from the weight to its layer in the first forward pass."""
+        first, second = (trainer(quantize_model_8bit(decoder(seed))) for seed in (0, 5))
+        first.train_steps(2)
+        first.save(tmp_path / "run.safetensors")
+        if used:
+            second.evaluate()
+        second.load(tmp_path / "run.safetensors")
+        ids = blocks(4, seed=8).ids[:, :-1]
+        assert torch.equal(second.model.eval()(ids), first.model.eval()(ids))
+        assert same(training_state.tensors_of(second.model), training_state.tensors_of(first.model))
+
+    def test_eight_bits_without_their_scales_are_of_another_model(self, tmp_path):
+        run = trainer(quantize_model_8bit(decoder()))
+        run.save(tmp_path / "run.safetensors")
+        tensors, facts = training_state.read(tmp_path / "run.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("SCB")}
+        training_state.write(tmp_path / "run.safetensors", kept, facts)
+        with pytest.raises(InputError, match=r"of another model: its layers\.0\..*\.weight\.SCB is missing"):
+            run.load(tmp_path / "run.safetensors")
+
+    def test_codes_of_another_codebook_are_of_another_model(self, tmp_path):
+        first, second = (trainer(adapted(0, quant_type)) for quant_type in ("nf4", "fp4"))
+        first.save(tmp_path / "run.safetensors")
+        with pytest.raises(InputError, match=r"its layers\.0\..*fp4\.absmax is missing"):
+            second.load(tmp_path / "run.safetensors")
 
     @pytest.mark.parametrize("frozen_there", [True, False])
     def test_of_a_model_with_other_weights_frozen_it_is_not_called_damaged(self, tmp_path, frozen_there):
@@ -741,6 +1084,10 @@ class TestBadInput:
             ({"precision": "int8"}, "precision is 'int8': .*'float32' or 'bfloat16'"),
             ({"beta2": 1.0}, r"beta2 is 1\.0"),
             ({"speed": 3}, "speed is 3: .*not permitted"),
+            ({"optimizer": "SGD"}, "optimizer is 'SGD': .*'AdamW' or 'paged AdamW'"),
+            ({"evaluate_every": 0}, "evaluate_every is 0"),
+            ({"patience": 0, "evaluate_every": 1}, "patience is 0"),
+            ({"patience": 2}, "patience is 2 evaluations, and there are none: set evaluate_every"),
         ],
     )
     def test_a_wrong_option_is_one_sentence(self, wrong, words):
@@ -766,10 +1113,30 @@ class TestOnAGPU:
         second.load(tmp_path / "run.safetensors")
         assert second.resume() == expected[3:]
 
+    @pytest.mark.parametrize("d_model", [16, 512])
+    def test_the_paged_optimizer_takes_the_steps_of_the_plain_one(self, tmp_path, d_model):
+        """In a small model nothing is paged; in the larger one what is remembered of the projections is."""
+
+        def run(seed=0, optimizer="paged AdamW", cancelled=None):
+            model = decoder(seed, d_model=d_model).cuda()
+            return trainer(model, optimizer=optimizer, learning_rate=1e-3, cancelled=cancelled)
+
+        whole = run().train_steps(8)
+        assert whole == pytest.approx(run(optimizer="AdamW").train_steps(8), rel=1e-3)
+        first = run(cancelled=Stop(3))
+        begun = first.train_steps(8)
+        first.save(tmp_path / "run.safetensors")
+        second = run(7, optimizer="AdamW")
+        second.load(tmp_path / "run.safetensors")
+        paged = [getattr(state["state1"], "is_paged", False) for state in second._optimizer.state.values()]
+        assert any(paged) is (d_model == 512)
+        assert begun + second.resume() == pytest.approx(whole, rel=1e-5)
+
+    @pytest.mark.parametrize("optimizer", ["AdamW", "paged AdamW"])
     @pytest.mark.parametrize(("begins", "ends"), [("cpu", "cuda"), ("cuda", "cpu")])
-    def test_a_checkpoint_moves_between_devices(self, tmp_path, begins, ends):
+    def test_a_checkpoint_moves_between_devices(self, tmp_path, begins, ends, optimizer):
         expected = trainer(decoder()).train_steps(8)
-        first = trainer(decoder().to(begins), cancelled=Stop(3))
+        first = trainer(decoder().to(begins), cancelled=Stop(3), optimizer=optimizer)
         first.train_steps(8)
         first.save(tmp_path / "run.safetensors")
         second = trainer(decoder(7).to(ends))

@@ -48,7 +48,7 @@ def settings() -> Settings | None:
     with source_place:
         overview = run.run("attention", text, key=key) if text else None
     seen = run.params_of(key)
-    if overview and seen.model != text.model and f"{PREFIX}_layer" not in st.session_state:
+    if overview and seen.model != text.model and _link_goes_beyond(overview):
         overview = seen = None  # a link's layer is to be read with the link's model, and there is another one's result
     known = overview or (None if text else run.latest(key))
     knobs = _head_controls(known, head_place, more) if known else {}
@@ -70,6 +70,13 @@ def waiting(given: Settings) -> bool:
     else:
         st.caption("There are no maps to show: the note beside the controls says why.")
     return True
+
+
+def _link_goes_beyond(overview: attention.Result) -> bool:
+    """Whether the address names a layer or a head that the model of `overview` does not have."""
+    sizes = dict(zip(("layer", "head"), overview.attention.shape[:2], strict=True))
+    named = {name: st.query_params.get(f"{PREFIX}_{name}", "") for name in sizes}
+    return any(number.isdecimal() and int(number) >= sizes[name] for name, number in named.items())
 
 
 def _head_controls(overview: attention.Result, place: DeltaGenerator, more: DeltaGenerator) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from ui import theme
@@ -17,6 +18,7 @@ from ui import theme
 _DASHES = ("solid", "dash")
 _FRAME = theme.CATEGORIES["light"][1]  # is seen on either end of cividis, where the dark mode's is not
 _TEXT_SIZE = 13
+_TITLE_SIZE = 15.6  # of an axis, Plotly's own for this text
 
 
 def routing(
@@ -27,7 +29,8 @@ def routing(
     *,
     mode: theme.Mode = "light",
 ) -> go.Figure:
-    """Which experts the tokens of each task go to, checkup after checkup: a map for every task, all on one scale.
+    """Which experts the tokens of each task go to, checkup after checkup: a map for every task, all on one scale,
+    which ends at the largest share.
 
     Args:
         checked: (M,) steps.
@@ -43,8 +46,6 @@ def routing(
             z=shares[:, index].T,
             x=_edges(checked, span),
             y=list(range(experts)),
-            zmin=0,
-            zmax=1,
             coloraxis="coloraxis",
             customdata=np.tile(checked, (experts, 1)),
             hovertemplate=f"{task}, after step %{{customdata}}<br>expert %{{y}}: %{{z:.0%}} of its tokens"
@@ -57,7 +58,7 @@ def routing(
     fig.update_yaxes(title="expert", dtick=1, autorange="reversed", showgrid=False, zeroline=False)
     fig.update_annotations(font={"size": _TEXT_SIZE, "color": theme.SURFACES[mode].ink}, x=0, xanchor="left")
     return fig.update_layout(
-        coloraxis=_magnitude("share of the task's tokens", above=1.05),
+        coloraxis=_magnitude("share of the task's tokens", float(shares.max()), above=1.05),
         margin={"l": 46, "r": 12, "t": 92, "b": 54},
         dragmode=False,
     )
@@ -153,14 +154,17 @@ def similarity(cosines: np.ndarray, *, mode: theme.Mode = "light") -> go.Figure:
             [f"{place}" for place in range(experts)],
             [f"{place}" for place in range(experts)],
             1.0,
-            "%{text}",
             [[f"{round(float(value), 2) + 0.0:.2f}" for value in row] for row in cosines],
             "experts %{y} and %{x}: cosine %{z:.3f}<extra></extra>",
             "cosine of the updates",
             mode,
         )
     )
-    fig.update_xaxes(title={"text": "expert", "standoff": 14}, type="category", showgrid=False, zeroline=False)
+    fig.add_annotation(  # an axis title keeps clear of tick labels only where one stands right above it
+        text="expert", x=0.5, xref="x domain", y=0, yref="y domain", yshift=-36, showarrow=False,
+        font={"size": _TITLE_SIZE},
+    )  # fmt: skip
+    fig.update_xaxes(type="category", showgrid=False, zeroline=False)
     fig.update_yaxes(title="expert", autorange="reversed", type="category", showgrid=False, zeroline=False)
     return fig.update_layout(margin={"l": 52, "r": 8, "t": 62, "b": 50}, dragmode=False)
 
@@ -196,7 +200,6 @@ def without(
             list(columns),
             list(tasks),
             limit or 1.0,
-            "%{text}",
             words,
             "%{y} without %{x}: loss %{z:+.3f}<extra></extra>",
             "change of the loss, nats a token",
@@ -213,29 +216,51 @@ def _signed_cells(
     x: Sequence[str],
     y: Sequence[str],
     limit: float,
-    template: str,
     words: list[list[str]],
     hover: str,
     title: str,
     mode: theme.Mode,
-) -> go.Heatmap:
-    """A map of signed numbers, written into its cells; 0 is the page's own colour."""
-    return go.Heatmap(
+) -> list[go.Heatmap | go.Scatter]:
+    """A map of signed numbers, written into its cells in what can be read there; 0 is the page's own colour."""
+    scale = theme.signed(mode)
+    places = np.clip((values / limit + 1) / 2, 0, 1).ravel()
+    written = go.Scatter(
+        x=list(x) * len(y),
+        y=[name for name in y for _ in x],
+        text=[word for row in words for word in row],
+        mode="text",
+        textfont={"size": 12, "color": _inks(places, scale)},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    cells = go.Heatmap(
         z=values,
         x=list(x),
         y=list(y),
         zmin=-limit,
         zmax=limit,
         zmid=0,
-        colorscale=theme.signed(mode),
+        colorscale=scale,
         colorbar=_above(title),
         xgap=1,
         ygap=1,
-        text=words,
-        texttemplate=template,
-        textfont={"size": 12},
         hovertemplate=hover,
     )
+    return [cells, written]
+
+
+def _inks(places: np.ndarray, scale: theme.ColorScale) -> list[str]:
+    """Black or white for each place on the scale: the better has a contrast of 4.5 or more (WCAG 2) to any colour."""
+    stops, colours = zip(*scale, strict=True)
+    channels = np.array([hex_to_rgb(colour) for colour in colours])  # (stops, 3)
+    behind = _luminance(np.stack([np.interp(places, stops, channel) for channel in channels.T], axis=-1))
+    return ["#000000" if dark else "#FFFFFF" for dark in (behind + 0.05) / 0.05 > 1.05 / (behind + 0.05)]
+
+
+def _luminance(rgb: np.ndarray) -> np.ndarray:
+    """Relative luminance of (…, 3) sRGB from 0 to 255."""
+    share = rgb / 255
+    return np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
 
 
 def _edges(checked: np.ndarray, span: tuple[float, float]) -> list[float]:
@@ -251,12 +276,14 @@ def _decades(sigma: np.ndarray) -> float:
     return float(np.log10(seen.max() / seen.min())) if len(seen) else 0.0
 
 
-def _magnitude(title: str, highest: float = 1.0, above: float = 1.01) -> dict[str, object]:
+def _magnitude(title: str, highest: float, above: float = 1.01) -> dict[str, object]:
+    ticks = [0, highest / 2, highest]
     return {
         "cmin": 0,
         "cmax": highest,
         "colorscale": theme.MAGNITUDE,
-        "colorbar": _above(title) | {"tickformat": ".0%" if highest > 0.05 else ".1%", "y": above},
+        "colorbar": _above(title)
+        | {"tickvals": ticks, "ticktext": [f"{tick:.{0 if highest > 0.2 else 1}%}" for tick in ticks], "y": above},
     }
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from ui import theme
-from ui.charts.attention import SQUARE_ROOT
 
 _NOTE_WIDTH = 54  # letters of a line of a note: what a phone shows
 _BARS, _LINE, _TITLE = 104, 17, 26  # pixels: the bars of a step, a line of its note, its title
@@ -125,17 +125,21 @@ def way(panels: Sequence[Panel], chosen: Sequence[int], *, mode: theme.Mode = "l
     )
 
 
-def loads(load: np.ndarray, wanted: np.ndarray, fair: float, *, mode: theme.Mode = "light") -> go.Figure:
+def loads(
+    load: np.ndarray, wanted: np.ndarray, fair: float, fair_words: str, *, mode: theme.Mode = "light"
+) -> go.Figure:
     """A bar of tokens for each expert against the fair share; what was refused on top, dead experts hatched.
 
     Args:
         load: (E,) tokens that each expert computes.
         wanted: (E,) tokens that chose it.
-        fair: load of each if all were equal.
+        fair: tokens of each if all were equal.
+        fair_words: what that is.
         mode: light or dark.
     """
     surface, experts = theme.SURFACES[mode], np.arange(len(load))
-    dead, refused = load == 0, wanted - load
+    refused = wanted - load
+    dead = (load == 0) & (refused == 0)
     fig = go.Figure(
         go.Bar(
             x=experts,
@@ -169,7 +173,7 @@ def loads(load: np.ndarray, wanted: np.ndarray, fair: float, *, mode: theme.Mode
         x=[-0.5, len(load) - 0.5],
         y=[fair, fair],
         mode="lines",
-        name=f"fair share, {fair:.4g} tokens",
+        name=f"{fair_words}, {fair:.4g} tokens",
         line={"color": surface.ink, "width": 1.5, "dash": "dash"},
         hoverinfo="skip",
     )
@@ -202,6 +206,9 @@ def tokens_by_expert(
 ) -> go.Figure:
     """Tokens in reading order from left to right, experts from top to bottom; dots on those that compute them.
 
+    The colours are those of probability ÷ fair share, from 0 to the largest there is, with the page's own at the fair
+    share: on a scale up to probability 1 the many experts would share its darkest end.
+
     Args:
         probs: (N, E).
         taken, dropped: (N, E) bool: the expert computes the token; it was wanted and had no room.
@@ -213,26 +220,35 @@ def tokens_by_expert(
     count, experts = probs.shape
     names = [html.escape(token) for token in tokens]
     states = np.where(taken, ", chosen", np.where(dropped, ", refused", ""))
+    relative = probs * experts
+    most = max(2.0, float(relative.max(initial=0)))
+    said = [
+        [
+            f"{names[n]} ({n}) · expert {e}{states[n, e]}: {probs[n, e]:.1%}, {relative[n, e]:.2f} × fair"
+            for n in range(count)
+        ]
+        for e in range(experts)
+    ]
     fig = go.Figure(
         go.Heatmap(
-            z=probs.T,
-            colorscale=SQUARE_ROOT,
+            z=relative.T,
+            colorscale=_around_fair(most, mode),
             zmin=0,
-            zmax=1,
-            customdata=[[f"{names[n]} ({n}) · expert {e}{states[n, e]}" for n in range(count)] for e in range(experts)],
-            hovertemplate="%{customdata}: %{z:.1%}<extra></extra>",
+            zmax=most,
+            customdata=said,
+            hovertemplate="%{customdata}<extra></extra>",
             colorbar={
-                "title": {"text": "probability", "side": "right"},
-                "tickformat": ".0%",
+                "title": {"text": f"probability ÷ fair share 1/{experts}", "side": "right"},
+                "nticks": 6,
                 "thickness": 10,
                 "x": 1.01,
             },
         )
     )
     few = count <= _NAMED_TOKENS
-    for mask, name, symbol, tint, size in (
-        (taken, "chosen", "circle", theme.CATEGORIES["light"][1], 8 if few else 3.5),
-        (dropped, "refused: no room left", "x", "#FFFFFF", 8 if few else 5),
+    for mask, name, symbol, size in (
+        (taken, "chosen", "circle", 8 if few else 4.5),
+        (dropped, "refused: no room left", "x", 8 if few else 5.5),
     ):
         places, rows = np.nonzero(mask)
         if len(places):
@@ -244,13 +260,13 @@ def tokens_by_expert(
                 marker={
                     "symbol": symbol,
                     "size": size,
-                    "color": tint,
-                    "line": {"width": 0.8 if few or mask is dropped else 0, "color": "#10191F"},
+                    "color": surface.ink,
+                    "line": {"width": 0.8, "color": surface.paper},
                 },
                 hoverinfo="skip",
             )
     for start in starts[1:]:
-        line = {"color": "#FFFFFF", "width": 2}
+        line = {"color": surface.muted, "width": 2}
         fig.add_shape(type="line", x0=start - 0.5, x1=start - 0.5, y0=-0.5, y1=experts - 0.5, line=line)
     if count <= _NAMED_TOKENS:
         ticks = {"tickvals": list(range(count)), "ticktext": names, "tickangle": -90}
@@ -268,6 +284,8 @@ def tokens_by_expert(
         zeroline=False,
         fixedrange=True,
         tickfont={"size": 11},
+        showline=True,  # the fair share has the page's own colour
+        mirror=True,
         **ticks,
     )
     step = max(1, -(-experts // _NAMED_EXPERTS))
@@ -278,6 +296,8 @@ def tokens_by_expert(
         showgrid=False,
         zeroline=False,
         fixedrange=True,
+        showline=True,
+        mirror=True,
     )
     return fig.update_layout(
         margin={"l": 46, "r": 8, "t": 40, "b": 96 if count <= _NAMED_TOKENS else 56},
@@ -294,6 +314,15 @@ def _lines(note: str) -> list[str]:
         if len(lines := textwrap.wrap(note, width)) == count:
             return lines
     return textwrap.wrap(note, _NOTE_WIDTH)
+
+
+def _around_fair(most: float, mode: theme.Mode) -> list[list[Any]]:
+    """The part from 0 to `most` of the diverging scale whose middle is at 1 and whose end is at `most`, at least 2."""
+    scale = theme.signed(mode)
+    reach = most - 1
+    inside = [[(1 + (2 * place - 1) * reach) / most, tint] for place, tint in scale]
+    first = sample_colorscale([tint for _, tint in scale], [0.5 - 0.5 / reach])[0]
+    return [[0.0, first], *(point for point in inside if point[0] > 0)]
 
 
 def _experts_axis(experts: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,3 +120,89 @@ def panels(
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         dragmode=False,
     )
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One recorded way to compute the layer.
+
+    Args:
+        label: above its bars.
+        series: 0, 1, …: which of `speeds`' names it belongs to.
+        value: its length.
+        low, high: ends of the spread.
+        hover: what is said of it.
+    """
+
+    label: str
+    series: int
+    value: float
+    low: float
+    high: float
+    hover: str
+
+
+def speeds(
+    bars: Sequence[Bar],
+    names: Sequence[str],
+    across: str,
+    *,
+    roof: float,
+    roof_words: str,
+    mode: theme.Mode = "light",
+) -> go.Figure:
+    """Bars with whiskers from left to right, those of one label together, up to the line that is the most there can be.
+
+    Args:
+        bars: in the order in which they stand, from the top.
+        names: of the series, in the legend.
+        across: title of the axis.
+        roof: the most there can be.
+        roof_words: what that is.
+        mode: light or dark.
+    """
+    surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
+    labels = list(dict.fromkeys(bar.label for bar in bars))
+    thick = 0.6 / len(names)
+    fig = go.Figure()
+    for series, name in enumerate(names):
+        own = [bar for bar in bars if bar.series == series]
+        fig.add_bar(
+            x=[bar.value for bar in own],
+            y=[labels.index(bar.label) + (series - (len(names) - 1) / 2) * thick for bar in own],
+            orientation="h",
+            width=thick,
+            name=name,
+            marker={"color": colours[series], "line": {"width": 0}},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [bar.high - bar.value for bar in own],
+                "arrayminus": [bar.value - bar.low for bar in own],
+                "color": surface.ink,
+                "thickness": 1.2,
+                "width": 3,
+            },
+            text=[f"{bar.value:.0f}" for bar in own],
+            textposition="inside",
+            insidetextanchor="start",
+            textangle=0,
+            customdata=[bar.hover for bar in own],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    fig.add_vline(roof, line={"color": surface.ink, "width": 1.5, "dash": "dash"})
+    notes = [
+        {"text": html.escape(label), "x": 0, "xanchor": "left", "y": place - 0.36, "yanchor": "bottom"}
+        for place, label in enumerate(labels)
+    ]
+    notes.append({"text": html.escape(roof_words), "x": roof, "xanchor": "right", "y": 1, "yref": "paper"})
+    notes[-1] |= {"yanchor": "bottom"}
+    fig.update_layout(
+        annotations=[{"showarrow": False, "font": {"size": 13, "color": surface.ink}} | note for note in notes],
+        margin={"l": 14, "r": 14, "t": 66, "b": 50},
+        legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom", "traceorder": "normal"},
+        dragmode=False,
+    )
+    fig.update_xaxes(title=across, range=[0, 1.04 * roof], fixedrange=True)
+    fig.update_yaxes(visible=False, range=[len(labels) - 0.5, -0.75], fixedrange=True)
+    return fig

@@ -17,13 +17,15 @@ import plotly.graph_objects as go
 from ui import theme
 from ui.charts.attention import SQUARE_ROOT
 
-_FACTOR = 8  # the scale ends at a fair share times and divided by this
-_TICKS = ((1 / 8, "≤ ⅛"), (1 / 4, "¼"), (1 / 2, "½"), (1, "1"), (2, "2"), (4, "4"), (8, "≥ 8"))
+_FACTOR = 10  # the scale ends at a fair share times and divided by this: below a tenth an expert goes short
+_TICKS = ((1 / 10, "≤ 0.1"), (1 / 4, "¼"), (1 / 2, "½"), (1, "1"), (2, "2"), (4, "4"), (10, "≥ 10"))
 _BAR = {"orientation": "h", "y": 1.01, "yanchor": "bottom", "x": 0, "xanchor": "left", "len": 1, "thickness": 10}
 """A scale above its map, which leaves a phone's width to the map."""
 _DOMAINS = (0.72, 1.0), (0.36, 0.64), (0.0, 0.28)  # of three panels, from top to bottom
 BALANCED = 0.1
 """MaxVio below this counts as balanced."""
+_BELOW = 54  # pixels below an axis with its title
+_WRITTEN = 10  # experts; of more the shares on the cells would overlap
 _NAME_WIDTH = 15  # letters of a line of a source's name
 _LEAST = 0.02  # of MaxVio, on an axis that is logarithmic and has no 0
 
@@ -102,9 +104,8 @@ def load_map(
             hoverinfo="skip",
         )
     width = (checked[1] - checked[0]) / 2 if len(checked) > 1 else steps / 50
-    fig.update_xaxes(
-        title={"text": "step", "standoff": 4}, range=[-width, steps + width], showgrid=False, zeroline=False
-    )
+    fig.update_xaxes(range=[-width, steps + width], showgrid=False, zeroline=False)
+    _write_below(fig, "step")
     fig.update_yaxes(
         title={"text": "expert", "standoff": 4},
         range=[experts - 0.5, -0.5],
@@ -112,9 +113,10 @@ def load_map(
         showgrid=False,
         zeroline=False,
     )
-    fig.update_xaxes(fixedrange=True).update_yaxes(fixedrange=True)
+    frame = {"showline": True, "mirror": True}  # the fair share has the page's own colour
+    fig.update_xaxes(fixedrange=True, **frame).update_yaxes(fixedrange=True, **frame)
     return fig.update_layout(
-        margin={"l": 46, "r": 8, "t": 66, "b": 48},
+        margin={"l": 46, "r": 8, "t": 66, "b": _BELOW},
         showlegend=False,
         dragmode=False,
     )
@@ -155,7 +157,7 @@ def balance(courses: Sequence[Course], steps: int, *, mode: theme.Mode = "light"
                 hovertemplate=f"{name}, step %{{x}}: {what}<extra></extra>",
             )
     highest = max(course.most for course in courses)
-    worst = max(float(course.max_violation.max(initial=0)) for course in courses)
+    worst = max(float(np.nanmax(course.max_violation, initial=0)) for course in courses)
     top = math.log10(1.6 * max(worst, 4 * BALANCED))
     for height, place, axis, words, side in (
         (highest, highest, "y", f"fair: ln E = {highest:.2f}", "right"),
@@ -183,9 +185,8 @@ def balance(courses: Sequence[Course], steps: int, *, mode: theme.Mode = "light"
             showarrow=False,
             font={"size": 12, "color": surface.muted},
         )
-    fig.update_xaxes(
-        title={"text": "step", "standoff": 4}, range=[-0.015 * steps, 1.015 * steps], anchor="y3", fixedrange=True
-    )
+    _write_below(fig, "step")
+    fig.update_xaxes(range=[-0.015 * steps, 1.015 * steps], anchor="y3", fixedrange=True)
     axes = [{"domain": domain, "fixedrange": True, "gridcolor": surface.grid} for domain in _DOMAINS]
     return fig.update_layout(
         yaxis={"title": "entropy, nats", "range": [0, 1.2 * max(highest, 0.1)]} | axes[0],
@@ -193,13 +194,15 @@ def balance(courses: Sequence[Course], steps: int, *, mode: theme.Mode = "light"
         | {"tickvals": [0.02, 0.1, 0.5, 2, 10]}
         | axes[1],
         yaxis3={"title": "token directions", "rangemode": "tozero"} | axes[2],
-        margin={"l": 56, "r": 14, "t": 40, "b": 48},
+        margin={"l": 56, "r": 14, "t": 40, "b": _BELOW},
         dragmode=False,
     )
 
 
 def by_source(counts: np.ndarray, sources: Sequence[str], *, mode: theme.Mode = "light") -> go.Figure:
     """Sources from top to bottom, experts from left to right: the share of a source's choices that each expert gets.
+
+    The colours reach to the largest share there is.
 
     Args:
         counts: (J, E) choices.
@@ -208,7 +211,8 @@ def by_source(counts: np.ndarray, sources: Sequence[str], *, mode: theme.Mode = 
     """
     experts = counts.shape[1]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # (J, E)
-    few = experts <= 10
+    most = float(share.max()) or 1.0
+    rows, columns = np.divmod(np.arange(share.size), experts)
     wrapped = [textwrap.wrap(name, _NAME_WIDTH) for name in sources]
     names = ["<br>".join(map(html.escape, lines)) for lines in wrapped]
     fig = go.Figure(
@@ -216,17 +220,25 @@ def by_source(counts: np.ndarray, sources: Sequence[str], *, mode: theme.Mode = 
             z=share,
             colorscale=SQUARE_ROOT,
             zmin=0,
-            zmax=1,
+            zmax=most,
             customdata=counts,
-            texttemplate="%{z:.0%}" if few else None,
             hovertemplate="%{y}, expert %{x}: %{z:.1%}, %{customdata} tokens<extra></extra>",
             y=names,
             colorbar=_BAR | {"title": {"text": "share of the source", "side": "top"}, "tickformat": ".0%"},
         )
     )
+    if experts <= _WRITTEN:
+        fig.add_scatter(
+            x=columns,
+            y=[names[row] for row in rows],
+            mode="text",
+            text=[f"{value:.0%}" for value in share.ravel()],
+            textfont={"color": ["#000000" if value > most / 4 else "#FFFFFF" for value in share.ravel()]},
+            hoverinfo="skip",
+        )
+    _write_below(fig, "expert")
     fig.update_xaxes(
-        title={"text": "expert", "standoff": 4},
-        tickvals=list(range(0, experts, max(1, -(-experts // 8)))),
+        tickvals=list(range(0, experts, max(1, -(-experts // 16)))),
         tickangle=0,
         range=[-0.5, experts - 0.5],
         showgrid=False,
@@ -235,4 +247,25 @@ def by_source(counts: np.ndarray, sources: Sequence[str], *, mode: theme.Mode = 
     )
     fig.update_yaxes(autorange="reversed", showgrid=False, fixedrange=True, tickfont={"size": 12})
     longest = max(len(line) for lines in wrapped for line in lines)
-    return fig.update_layout(margin={"l": 22 + 7 * longest, "r": 14, "t": 66, "b": 48}, dragmode=False)
+    return fig.update_layout(
+        margin={"l": 22 + 7 * longest, "r": 14, "t": 66, "b": _BELOW}, showlegend=False, dragmode=False
+    )
+
+
+def _write_below(fig: go.Figure, words: str) -> None:
+    """The title of the horizontal axis, at a fixed distance.
+
+    Plotly places a title of its own by the labels as it measures them, and puts it on the cells when it measures them
+    before they are where they belong.
+    """
+    fig.add_annotation(
+        text=words,
+        xref="paper",
+        x=0.5,
+        yref="paper",
+        y=0,
+        yanchor="top",
+        yshift=-24,
+        showarrow=False,
+        font={"size": 14},
+    )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 import streamlit as st
 
-from engine.experiments import _lora, _memory, memory, memory_measure
+from engine.experiments import _memory, memory, memory_measure
 from engine.experiments._memory import Plan, budget
 from ui import chart, export, run, theme
 from ui.charts import memory as charts
@@ -23,15 +23,6 @@ _STARTED = f"_{PREFIX}_measured"
 _NEAREST = 3  # rows of the recording beside the worst and the best
 _WEIGHTIEST = ("what is trained", "format of the weights", "checkpointing", "optimizer")
 """Settings that have to be equal before sizes are looked at; the first ones count more than all after them."""
-
-_QLORA = {"weights": "nf4, double quantized", "optimizer": "paged AdamW 8-bit"}
-_OTHER_SCRIPTS = [
-    ("lora", "full, Decoder", "full fine-tuning", {"method": "full fine-tuning", "weights": "bfloat16"}),
-    ("lora", "ours, Decoder", "LoRA", {"weights": "bfloat16"}),
-    ("qlora", "ours, Decoder", "QLoRA, head in 16 bits", _QLORA),
-    ("qlora", "ours, Decoder, fused AdamW", "QLoRA, head in 16 bits, AdamW", _QLORA | {"optimizer": "AdamW"}),
-]
-"""Recordings of steps, the way that is taken from each, what it is called, and its settings."""
 
 
 def measured(params: memory.Params) -> None:
@@ -120,34 +111,21 @@ def _recorded(params: memory.Params) -> None:
     """The same on a GPU, as it was recorded: the model of 1.1 billion parameters."""
     st.markdown("**On an H200, recorded**")
     found = _memory.recorded()
-    rows = [] if found is None else list(found.rows)
-    timed = {of: steps for of in ("lora", "qlora") if (steps := _lora.recorded_steps(of)) is not None}
-    for of, way, name, settings in _OTHER_SCRIPTS:
-        if of in timed:
-            plan = memory.Params(shape="1.1 B, Llama-shaped", batch=4, length=1024, **settings).plan()
-            peak = round(timed[of].latest[way].peak_bytes)
-            words = f"{name}, from the recording of its speed"
-            rows.append(_memory.RecordedRow(words, plan, budget(plan).peak.total, peak))
-    if not rows:
-        st.info("The recordings are not there: engine/recorded is missing from this installation.")
+    if found is None or not found.rows:
+        st.info("The recording is not there: engine/recorded is missing from this installation.")
         return
+    rows = list(found.rows)
     shown = _telling(rows, params)
     st.dataframe(_table(shown), hide_index=True, width="stretch")
     with st.expander(f"All {len(rows)} plans", icon=":material/table_rows:"):
         st.dataframe(_table(dict.fromkeys(rows, "")).drop(columns="why"), hide_index=True, width="stretch")
     worst = next(iter(shown))
-    head = (
-        " (the head as well, which plans of this page leave in 16; rows that do so say it)"
-        if found and found.quantizes_head
-        else ""
-    )
-    where = "; ".join(text.provenance for text in (found, *timed.values()) if text is not None)
     st.caption(
         plain(
-            f"A Llama-shaped model of 1.1 billion parameters in bfloat16, or with frozen weights in 4 or 8 bits where "
-            f"the plan says so{head}. The prediction lies {100 * abs(worst.error):.2f} % off at worst, for {worst.row} "
-            f"at {worst.plan.batch} × {worst.plan.length:,}. {where[0].upper()}{where[1:]}. On a GPU of your own, "
-            "python -m tests.benchmarks.memory_prediction measures it again."
+            "A Llama-shaped model of 1.1 billion parameters in bfloat16, or with frozen weights in 4 or 8 bits where "
+            f"the plan says so. The prediction lies {100 * abs(worst.error):.2f} % off at worst, for {worst.row} at "
+            f"{worst.plan.batch} × {worst.plan.length:,}. {found.provenance[0].upper()}{found.provenance[1:]}. On a "
+            "GPU of your own, python -m tests.benchmarks.memory_prediction measures it again."
         )
     )
 

@@ -23,6 +23,7 @@ _EARLY = 8  # steps before batches come again, of which there are eight
 
 WAYS = {
     "ours, Decoder": (1, "ours, our Decoder", 0),
+    "ours, Decoder, captured": (1, "ours, our Decoder, as CUDA graphs", 0),
     "ours": (1, "ours, transformers' code", 0),
     "PEFT": (2, "PEFT on bitsandbytes' layers, transformers' code", 1),
 }
@@ -33,6 +34,7 @@ LOSSES = {
     "PEFT again": ("PEFT, run again", 1, True),
     "ours": ("ours, transformers' code", 2, False),
     "ours, Decoder": ("ours, our Decoder", 0, False),
+    "ours, Decoder, captured": ("ours, our Decoder, as CUDA graphs", 0, True),
 }
 """Label and colour of each run whose losses are drawn, and whether it is dotted, in that order."""
 
@@ -80,12 +82,21 @@ def target(found: RecordedSteps) -> str:
     equal = [f"{_times(ours, peft):.2f}" for ours, peft in _beside_peft(found, "ours")]
     fast = all(_times(ours, peft) >= _TARGET for ours, peft in pairs)
     light = all(ours.peak_bytes <= peft.peak_bytes for ours, peft in pairs)
-    return (
+    words = (
         f"A step at least {_TARGET:g} times as fast as PEFT's, eager against eager, with no more memory and the same "
         f"losses. In time it is {'reached' if fast else 'missed'}: PEFT in transformers' code takes "
         f"{' and, on another machine with this GPU, '.join(machines)} as ours in our Decoder; on equal code, "
         f"transformers', {' and '.join(equal)} times as long. In memory it is {'reached' if light else 'missed'}."
     )
+    captured = _beside_peft(found, "ours, Decoder, captured")
+    if captured:
+        words += (
+            " As CUDA graphs, which need no compiler but are not eager either, ours takes "
+            f"{' and '.join(f'{ours.median_ms:.0f}' for ours, _ in captured)} ms, so that PEFT's eager step takes "
+            f"{' and '.join(f'{_times(*pair):.2f}' for pair in captured)} times as long, with "
+            f"{' and '.join(f'{ours.peak_bytes / 1e9:.1f}' for ours, _ in captured)} GB."
+        )
+    return words
 
 
 def reason(found: RecordedSteps) -> str:
@@ -93,33 +104,44 @@ def reason(found: RecordedSteps) -> str:
     return (
         "In time the GPU is not the limit: an eager step starts thousands of small kernels, and the processor is "
         f"slower at that than the GPU at finishing them; the model's arithmetic alone would take {found.floor_ms:.0f} "
-        "ms. Where the processor decides, other machines with the same GPU give other times; and on equal code the two "
-        "differ in their adapters alone. In memory, both keep the same 4-bit weights. Ours dequantizes one matrix at a "
-        "time, in the forward and again in the backward pass, and saves only x and x·A for the latter; PEFT's adapters "
-        "cast their input to float32 and save it too, which is most of the difference."
+        "ms. Where the processor decides, other machines with the same GPU give other times and the whiskers are long; "
+        "as CUDA graphs the same kernels start without it. Ours updates all adapters at once, PEFT each by itself; "
+        "else the two differ on equal code in their adapters alone. In memory, both keep the same 4-bit weights. Ours "
+        "dequantizes one matrix at a time, in the forward and again in the backward pass, and saves only x and x·A for "
+        "the latter; PEFT's adapters cast their input to float32 and save it too, which is most of the difference."
     )
 
 
 def losses(found: RecordedSteps) -> str:
-    """How far ours is from PEFT, beside how far PEFT is from itself when it is run again."""
+    """How far ours is from PEFT, beside how far runs are from themselves when they are repeated."""
     far = {
-        (one, span): found.loss_difference(one, "PEFT", span)
-        for one in ("ours", "ours, Decoder", "PEFT again", "PEFT, other A")
+        (one, span): found.loss_difference(one, other, span)
+        for one, other in (
+            ("ours", "PEFT"),
+            ("ours, Decoder", "PEFT"),
+            ("PEFT again", "PEFT"),
+            ("ours again", "ours"),
+            ("PEFT, other A", "PEFT"),
+        )
         for span in (_EARLY, None)
     }
-    nearer = [far[one, None] <= far["PEFT again", None] for one in ("ours", "ours, Decoder")]
+    repeated = max(far["PEFT again", None], far["ours again", None])
+    nearer = [far[one, None] <= repeated for one in ("ours", "ours, Decoder")]
     verdict = {
-        (True, True): "neither of ours is further from PEFT than PEFT is from itself",
-        (True, False): "ours on equal code is no further from PEFT than PEFT is from itself, ours in our Decoder is",
-        (False, True): "ours in our Decoder is no further from PEFT than PEFT is from itself, ours on equal code is",
-        (False, False): "both of ours are further from PEFT than PEFT is from itself",
+        (True, True): "neither of ours is further from PEFT than a run is from its own repetition",
+        (True, False): "ours on equal code is no further from PEFT than a run is from its own repetition, ours in our "
+        "Decoder is",
+        (False, True): "ours in our Decoder is no further from PEFT than a run is from its own repetition, ours on "
+        "equal code is",
+        (False, False): "both of ours are further from PEFT than a run is from its own repetition",
     }[nearer[0], nearer[1]]
 
     def listed(span: int | None, digits: int) -> str:
         return (
             f"ours in transformers' code is at most {far['ours', span]:.{digits}f} nats a token from PEFT, ours in our "
-            f"Decoder {far['ours, Decoder', span]:.{digits}f}, PEFT run again {far['PEFT again', span]:.{digits}f}, "
-            f"PEFT from another A {far['PEFT, other A', span]:.{digits}f}"
+            f"Decoder {far['ours, Decoder', span]:.{digits}f}, PEFT run again {far['PEFT again', span]:.{digits}f} and "
+            f"PEFT from another A {far['PEFT, other A', span]:.{digits}f} from PEFT, ours run again "
+            f"{far['ours again', span]:.{digits}f} from ours"
         )
 
     return (

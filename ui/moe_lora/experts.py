@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -14,6 +16,7 @@ from ui.lora.inside import grid
 from ui.lora.spectrum import label, place
 from ui.moe_lora.settings import PREFIX, RUN, Settings
 from ui.moe_lora.training import MATRIX, first_choice
+from ui.moe_lora.verdict import TOLD, told_sentence
 from ui.prose import plain
 
 _HEIGHT, _MAP_HEIGHT = 400, 400
@@ -44,6 +47,9 @@ def _draw(found: moe_lora.Result, params: moe_lora.Params) -> None:
         return
     if found.ended in ("cancelled", "timed out", "diverged"):
         st.info(plain(found.ending), icon=":material/info:")
+    st.markdown(f"**{plain(told_sentence(found))}**")
+    if found.experts > 1:
+        st.caption(plain(TOLD))
     _off(found, params)
     st.subheader("One projection's experts", anchor=False)
     chosen = spectrum.choose(found.projections, first_choice(found), key=MATRIX)
@@ -112,22 +118,14 @@ def off_sentence(found: moe_lora.Result) -> str:
     anatomy = found.anatomy
     if found.experts == 1:
         return "There is one expert: without it the model is the one that nobody has taught anything."
-    lost = anatomy.accuracy - anatomy.off_accuracy  # (E, J)
-    worst = np.unravel_index(int(lost.argmax()), lost.shape)
-    if lost[worst] <= 0:
-        words = "No task loses a right answer without any one of the experts"
-    else:
-        expert, task = (int(index) for index in worst)
-        words = (
-            f"Hardest hit: {found.tasks[task]} without expert {expert}, from {anatomy.accuracy[task]:.0%} to "
-            f"{anatomy.off_accuracy[expert, task]:.0%} right"
-        )
-        broken = [int((row >= _BREAKS).sum()) for row in lost]
-        alone, several = sum(count == 1 for count in broken), sum(count > 1 for count in broken)
-        words += (
-            f". {alone or 'None'} of the {found.experts} experts break{'s' if alone == 1 else ''} one task alone "
-            f"(a quarter of its questions or more), {several or 'none'} break{'s' if several == 1 else ''} several"
-        )
+    change, lost = anatomy.off_loss - anatomy.loss, anatomy.accuracy - anatomy.off_accuracy  # (E, J) both
+    words = _extremes(found, change, anatomy.off_accuracy, lambda expert, _: f"expert {expert}")
+    broken = [int((row >= _BREAKS).sum()) for row in lost]
+    alone, several = sum(count == 1 for count in broken), sum(count > 1 for count in broken)
+    words += (
+        f" By answers {alone or 'none'} of the {found.experts} experts break{'s' if alone == 1 else ''} one task alone "
+        f"(a quarter of its questions or more), {several or 'none'} break{'s' if several == 1 else ''} several"
+    )
     return (
         f"{words}. The same number in two projections is no more than that: each has a router of its own, so that "
         "expert 0 here and there may serve different tasks."
@@ -140,30 +138,50 @@ def favourites_sentence(found: moe_lora.Result) -> str:
     if found.experts == 1:
         return "With one expert it is every task's favourite."
     change = anatomy.favourite_off_loss - anatomy.loss  # (whose, J)
-    own = float(np.diagonal(change).mean())
-    others = float(change[~np.eye(len(change), dtype=bool)].mean())
+    tasks = len(change)
+    own, others = np.diagonal(change), np.where(np.eye(tasks, dtype=bool), 0, change).sum(0) / (tasks - 1)  # (J,) both
+    matter = [task for task, mine, theirs in zip(found.tasks, own, others, strict=True) if mine > max(0.0, theirs)]
     shared = [
-        (anatomy.favourite[one] == anatomy.favourite[other]).mean()
-        for one in range(len(change))
-        for other in range(one)
+        (anatomy.favourite[one] == anatomy.favourite[other]).mean() for one in range(tasks) for other in range(one)
     ]
-    words = "In each projection the expert that gets most of one task's tokens is switched off. "
-    if change.max() > 0:
-        whose, hit = (int(index) for index in np.unravel_index(int(change.argmax()), change.shape))
-        without = "its own" if hit == whose else f"those of {found.tasks[whose]}"
-        words += (
-            f"Hardest hit: {found.tasks[hit]} without {without} ({anatomy.accuracy[hit]:.0%} → "
-            f"{anatomy.favourite_off_accuracy[whose, hit]:.0%} right). "
-        )
-    words += (
-        f"A task's loss changes by {own:+.2f} nats a token on average without its own favourites, by {others:+.2f} "
-        "without another task's"
+    worst = _extremes(
+        found,
+        change,
+        anatomy.favourite_off_accuracy,
+        lambda whose, hit: "its own favourites" if whose == hit else f"those of {found.tasks[whose]}",
     )
-    if own > others and own > 0:
-        words += ": its own matter more"
-    else:
-        words += ": its own matter no more"
-    return f"{words}. Two tasks have the same favourite in {np.mean(shared):.0%} of the projections."
+    which = f" ({', '.join(matter)})" if 0 < len(matter) < tasks else ""
+    return (
+        f"In each projection the expert that gets most of one task's tokens is switched off. {worst} A task's own "
+        f"favourites matter more to its loss than another task's do on average in {len(matter)} of {tasks} "
+        f"tasks{which}, in one seed. Two tasks have the same favourite in {np.mean(shared):.0%} of the projections."
+    )
+
+
+def _extremes(found: moe_lora.Result, change: np.ndarray, right: np.ndarray, name: Callable[[int, int], str]) -> str:
+    """Which task's loss grows most without what, and which one's falls.
+
+    Args:
+        found: what is told of.
+        change: (what, J) of the loss, as the map colours it.
+        right: (what, J), share of the answers that are right then.
+        name: of what is off, by its row and the task's place.
+    """
+
+    def told(cell: int) -> str:
+        off, task = (int(index) for index in np.unravel_index(cell, change.shape))
+        return (
+            f"{found.tasks[task]} without {name(off, task)}, {change[off, task]:+.2f} nats a token "
+            f"({found.anatomy.accuracy[task]:.0%} → {right[off, task]:.0%} right)"
+        )
+
+    words = "No task's loss grows."
+    if change.max() > 0:
+        words = f"Hardest hit by loss, which the colour shows: {told(int(change.argmax()))}."
+    fallen = int((change < 0).sum())
+    if fallen:
+        words += f" It falls in {fallen} of {change.size} cells, most {told(int(change.argmin()))}."
+    return words
 
 
 def spectra_sentence(found: moe_lora.Result, chosen: int) -> str:
@@ -211,8 +229,8 @@ def information_sentence(found: moe_lora.Result) -> str:
     return (
         f"Which expert a token goes to tells {last.mean():.1%} of its task on average over {len(last)} projections, "
         f"{first.mean():.1%} before the first step: most in {label(found.projections[most])} ({last[most]:.0%}), least "
-        f"in {label(found.projections[least])} ({last[least]:.0%}). 100% would be experts that each serve one task "
-        "only; untrained routers tell something too, as each task has words of its own. Choose a cell to open it above."
+        f"in {label(found.projections[least])} ({last[least]:.0%}). Untrained routers tell something too, "
+        "as each task has words of its own. Choose a cell to open it above."
     )
 
 

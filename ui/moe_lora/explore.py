@@ -7,11 +7,12 @@ import streamlit as st
 from engine.experiments import moe_lora_tests
 from ui import checks, run, source
 from ui.moe_lora.experts import experts
-from ui.moe_lora.settings import EXPERTS, KEPT, PREFIX, RUN, SPLIT, TRAINING, VIEW, Settings
+from ui.moe_lora.settings import EXPERTS, KEPT, PREFIX, RUN, SPEED, SPLIT, TRAINING, VIEW, Settings
+from ui.moe_lora.speed import speed
 from ui.moe_lora.training import training
 from ui.moe_lora.two_inputs import two_inputs
 
-VIEWS = {TRAINING: training, EXPERTS: experts, SPLIT: two_inputs}
+VIEWS = {TRAINING: training, EXPERTS: experts, SPLIT: two_inputs, SPEED: speed}
 """What the Explore tab shows, by name."""
 
 
@@ -28,7 +29,7 @@ def explore(given: Settings) -> None:
         label_visibility="collapsed",
     )
     KEPT.keep(VIEW, view, None if view == TRAINING else view)
-    if view == SPLIT and given.started is not None and run.is_running(RUN):
+    if view in (SPLIT, SPEED) and given.started is not None and run.is_running(RUN):
         run.watch("moe_lora", given.started, lambda *_: None, key=RUN, height=1)
     VIEWS[view](given)
 
@@ -39,7 +40,7 @@ def code() -> None:
     source.show(
         [
             "engine.moe.lora:MoELoRALayer",
-            "engine.moe.lora:cheaper_form",
+            "engine.moe.cost:cheaper_form",
             "engine.moe.lora:MoELoRALinear",
             "engine.moe.injection:inject_moe_lora",
             "engine.moe.injection:without_expert",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import streamlit as st
 
 from engine.experiments import moe_lora
-from engine.experiments._moe_lora import ROLES, read_tasks
+from engine.experiments._moe_lora import ROLES
 from ui import chart, guess, run, theme
 from ui.charts.training import Line, curves
 from ui.moe_lora.settings import PREFIX, RUN, TOP_SHARE, WINNER, Settings
-from ui.moe_lora.training import runs_sentence, span
+from ui.moe_lora.training import RIGHT, runs_sentence, span
+from ui.moe_lora.verdict import asked, right_answers
 from ui.prose import plain
 
 _HEIGHT = 340
@@ -82,7 +83,7 @@ def _judge(found: moe_lora.Result, params: moe_lora.Params, given: Settings) -> 
     if winner is not None:
         lines = [Line(leg.role, leg.checked, leg.mean_accuracy, colour) for colour, leg in enumerate(found.runs)]
         fig = curves(lines, across="step", up="answers right", share=True, span=span(found), mode=theme.mode())
-        chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=runs_sentence(found), height=_HEIGHT)
+        chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=runs_sentence(found, RIGHT), height=_HEIGHT)
     if params != given.params:
         st.caption("The settings have changed since this run: guess again, then press “Train again”.")
 
@@ -105,12 +106,11 @@ def _say(right: bool, words: str) -> None:
 
 def winner_sentence(found: moe_lora.Result, guessed: str) -> tuple[bool, str]:
     """Whether nobody answered more than who was guessed, and the answer in words."""
-    asked = sum(len(task.held_out) for task in read_tasks())
-    right = {leg.role: round(leg.mean_accuracy[-1] * asked) for leg in found.runs}
+    right = {leg.role: right_answers(leg) for leg in found.runs}
     most = max(right.values())
     best = [role for role, count in right.items() if count == most]
     numbers = ", ".join(f"{role} {count}" for role, count in right.items())
-    words = f"You said {guessed}. Right answers to {asked} questions: {numbers}"
+    words = f"You said {guessed}. Right answers to {asked()} questions after {found.steps} steps: {numbers}"
     if guessed in best:
         return True, f"{words}. {'Nobody answers more.' if len(best) == 1 else 'It shares the first place.'}"
     return False, f"{words}: {' and '.join(best)} answer{'s' if len(best) == 1 else ''} most."
@@ -126,7 +126,7 @@ def share_sentence(found: moe_lora.Result, guessed: int) -> tuple[bool, str]:
     measured, before = 100 * top_share(found), 100 * float(found.routing[0].max(-1).mean())
     words = (
         f"You said {guessed}%, the most used expert gets {measured:.0f}% of what a task's tokens choose, {before:.0f}% "
-        "before the first step"
+        "before the first step, when words that recur in a task already bring their expert with them"
     )
     if abs(guessed - measured) <= _CLOSE:
         return True, f"{words}: well guessed."

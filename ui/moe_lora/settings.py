@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from engine.catalogue import SMOLLM2
 from engine.experiments import moe_lora, moe_lora_split
@@ -22,13 +23,13 @@ PREFIX = MOE_LORA.url_path
 SPLIT_PREFIX = f"{PREFIX}_split"
 RUN = f"{PREFIX}_run"
 VIEW = f"{PREFIX}_view"
-TRAINING, EXPERTS, SPLIT = "Training", "Experts", "Two inputs"
-VIEWS = (TRAINING, EXPERTS, SPLIT)
+TRAINING, EXPERTS, SPLIT, SPEED = "Training", "Experts", "Two inputs", "Speed"
+VIEWS = (TRAINING, EXPERTS, SPLIT, SPEED)
 WINNER, TOP_SHARE = f"{PREFIX}_winner", f"{PREFIX}_top_share"
 KEPT = Kept(PREFIX)
 _STARTED = f"_{PREFIX}_started"
 _OWN = 0.0  # stands for each run's own learning rate: a list that holds None can be emptied
-_RATES = (_OWN, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2, 2e-2, 0.1, 1.0)
+_RATES = (_OWN, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 8e-3, 1e-2, 2e-2, 0.1, 1.0)
 _BIAS_RATES = (0.0, 0.001, 0.005, 0.02, 0.1, 0.5)
 
 
@@ -89,6 +90,7 @@ def _of_training() -> moe_lora.Params | None:
             "steps",
             "batch_size",
             "seed",
+            notes=place,
             targets=Look(widget="select"),
             bias_rate=Look(options=_BIAS_RATES, name=_plainly, widget="select"),
             learning_rate=Look(
@@ -104,8 +106,8 @@ def _of_training() -> moe_lora.Params | None:
     return params
 
 
-def _controls(*fields: str, **looks: Look) -> dict[str, Any]:
-    return KEPT.controls(moe_lora.Params, prefix=PREFIX, fields=fields, **looks)
+def _controls(*fields: str, notes: DeltaGenerator | None = None, **looks: Look) -> dict[str, Any]:
+    return KEPT.controls(moe_lora.Params, prefix=PREFIX, fields=fields, notes=notes, **looks)
 
 
 def _plainly(number: float) -> str:

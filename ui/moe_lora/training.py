@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import moe_lora
-from engine.experiments._moe_lora import read_tasks
+from engine.experiments._moe_lora import ROLES, TriedRates, best_rates, read_tasks, tried_rates
 from ui import chart, export, run, theme
 from ui.charts import moe_lora as charts
 from ui.charts.training import Line, curves
@@ -15,11 +15,15 @@ from ui.lora import spectrum
 from ui.lora.settings import count
 from ui.lora.spectrum import label
 from ui.moe_lora.settings import PREFIX, RUN, Settings
+from ui.moe_lora.verdict import TOLD, doubts, told_sentence, winner_sentence
 from ui.prose import plain
 
 _HEIGHT, _MAP_HEIGHT, _TABLE_HEIGHT = 340, 560, 480
+_GROWN = 0.1
+"""Nats a token: a loss that is so much above its lowest has grown."""
 _MEASURE = f"{PREFIX}_measure"
-_LOSS, _RIGHT = "Loss", "Right answers"
+LOSS, RIGHT = "Loss", "Right answers"
+"""What the curves show."""
 MATRIX = f"{PREFIX}_matrix"
 """Which projection is looked at, in all views."""
 
@@ -67,10 +71,11 @@ def _quoted(pair: tuple[str, str]) -> str:
 
 def _draw(found: moe_lora.Result, params: moe_lora.Params) -> None:
     _state(found)
+    _verdict(found)
     measure = st.segmented_control(
         "Measure",
-        [_LOSS, _RIGHT],
-        default=_LOSS,
+        [LOSS, RIGHT],
+        default=LOSS,
         required=True,
         key=_MEASURE,
         bind="query-params",
@@ -100,52 +105,78 @@ def _state(found: moe_lora.Result) -> None:
         st.caption(words)
 
 
+def _verdict(found: moe_lora.Result) -> None:
+    """What the run answers, once it has ended, and how far that carries."""
+    if found.ended == "running" or int(found.mixture.checked[-1]) == 0:
+        return
+    complete = found.ended == "finished"
+    bold = f"{winner_sentence(found)} {told_sentence(found)}" if complete else told_sentence(found)
+    st.markdown(f"**{plain(bold)}**")
+    notes = [doubts(found)] if complete else []
+    if found.experts > 1:
+        notes.append(TOLD)
+    if notes:
+        st.caption(plain(" ".join(notes)))
+
+
 def span(found: moe_lora.Result, one: moe_lora.Run | None = None) -> tuple[float, float]:
     """What the horizontal axis shows: every step of a run while it goes; then those that were taken."""
     taken = max(int(leg.checked[-1]) for leg in ([one] if one else found.runs))
     return 0, max(1, found.steps if found.ended == "running" else taken)
 
 
-def tasks_sentence(found: moe_lora.Result) -> str:
-    """How the tasks fared with the mixture, in words."""
+def tasks_sentence(found: moe_lora.Result, measure: str = LOSS) -> str:
+    """How the tasks fared with the mixture by what the curves show, in words."""
     mixture = found.mixture
     loss, right, step = mixture.task_loss[-1], mixture.task_accuracy[-1], int(mixture.checked[-1])
     if step == 0:
-        return (
-            "Before the first step the questions that are never trained on cost "
-            f"{_listed(found.tasks, [f'{value:.1f}' for value in loss])} nats a token of the answers."
+        values = [f"{value:.1f}" for value in loss] if measure == LOSS else [f"{value:.0%}" for value in right]
+        told = _listed(found.tasks, values)
+        if measure == RIGHT:
+            return f"Before the first step {told} of the questions that are never trained on are answered rightly."
+        return f"Before the first step the questions that are never trained on cost {told} nats a token of the answers."
+    words = f"MoE-LoRA on questions that it never trains on, after step {step}:"
+    if measure == RIGHT:
+        most, fewest = (
+            " and ".join(
+                f"{found.tasks[task]}, {share:.0%} (loss {loss[task]:.2g})" for task in np.flatnonzero(right == share)
+            )
+            for share in (right.max(), right.min())
         )
+        return f"{words} most answers are right in {most}, fewest in {fewest}."
     easiest, hardest = int(loss.argmin()), int(loss.argmax())
     return (
-        f"MoE-LoRA on questions that it never trains on, after step {step}: lowest is {found.tasks[easiest]} with "
-        f"{loss[easiest]:.2g} nats a token of the answers ({right[easiest]:.0%} right), highest {found.tasks[hardest]} "
-        f"with {loss[hardest]:.2g} ({right[hardest]:.0%} right)."
+        f"{words} lowest is {found.tasks[easiest]} with {loss[easiest]:.2g} nats a token of the answers "
+        f"({right[easiest]:.0%} right), highest {found.tasks[hardest]} with {loss[hardest]:.2g} ({right[hardest]:.0%} "
+        f"right).{_grown(found)}"
     )
 
 
-def runs_sentence(found: moe_lora.Result) -> str:
-    """How the mixture compares with the plain LoRAs, in words."""
-    said = [
-        f"{leg.role} {leg.mean_accuracy[-1]:.0%} right at a loss of {leg.mean_loss[-1]:.2f}"
-        + ("" if leg.checked[-1] == found.steps else f" after step {leg.checked[-1]}")
-        for leg in found.runs
+def _grown(found: moe_lora.Result) -> str:
+    """Tasks whose loss has been lower."""
+    table, checked = found.mixture.task_loss, found.mixture.checked  # (M, J)
+    lowest = table.argmin(0)
+    grown = [
+        f"{task} ({table[best, index]:.2g} after step {checked[best]}, now {table[-1, index]:.2g})"
+        for index, (task, best) in enumerate(zip(found.tasks, lowest, strict=True))
+        if table[-1, index] > table[best, index] + _GROWN
     ]
+    if not grown:
+        return ""
+    return f" Lower before than now: {', '.join(grown)}; a loss that grows while the training goes on is overfitting."
+
+
+def runs_sentence(found: moe_lora.Result, measure: str = LOSS) -> str:
+    """How the mixture compares with the plain LoRAs by what the curves show, in words."""
+    said = []
+    for leg in found.runs:
+        right, loss = f"{leg.mean_accuracy[-1]:.0%} right", f"{leg.mean_loss[-1]:.2f}"
+        figures = f"a loss of {loss} ({right})" if measure == LOSS else f"{right} (loss {loss})"
+        said.append(
+            f"{leg.role} {figures}" + ("" if leg.checked[-1] == found.steps else f" after step {leg.checked[-1]}")
+        )
     words = f"All tasks together, on questions never trained on: {'; '.join(said)}."
-    return f"{words} {verdict(found)}"
-
-
-def verdict(found: moe_lora.Result) -> str:
-    """Whether the mixture was worth it in these runs, by exactly right answers."""
-    if found.ended != "finished":
-        return "The comparison is complete once all three runs are."
-    asked = sum(len(task.held_out) for task in read_tasks())
-    mixture, *others = (round(leg.mean_accuracy[-1] * asked) for leg in found.runs)
-    words = []
-    for right, name in zip(others, ("parameters", "FLOPs"), strict=True):
-        much = abs(mixture - right)
-        how = "as many" if not much else f"{much} {'more' if mixture > right else 'fewer'}"
-        words.append(f"{how} than the LoRA of equal {name}".replace("as many than", "as many as"))
-    return f"Of {asked} questions the mixture answers {words[0]} and {words[1]}. It is one seed."
+    return words if found.ended == "finished" else f"{words} The comparison is complete once all three runs are."
 
 
 def _listed(names: list[str], values: list[str]) -> str:
@@ -155,19 +186,19 @@ def _listed(names: list[str], values: list[str]) -> str:
 
 def _tasks(found: moe_lora.Result, params: moe_lora.Params, measure: str) -> None:
     mixture = found.mixture
-    values = mixture.task_loss if measure == _LOSS else mixture.task_accuracy
+    values = mixture.task_loss if measure == LOSS else mixture.task_accuracy
     lines = [Line(name, mixture.checked, values[:, index], index) for index, name in enumerate(found.tasks)]
     st.markdown("**The mixture, task by task**")
-    _curves("tasks", lines, tasks_sentence(found), span(found, mixture), found, params, measure)
+    _curves("tasks", lines, tasks_sentence(found, measure), span(found, mixture), found, params, measure)
 
 
 def _runs(found: moe_lora.Result, params: moe_lora.Params, measure: str) -> None:
     lines = [
-        Line(leg.role, leg.checked, leg.mean_loss if measure == _LOSS else leg.mean_accuracy, colour)
+        Line(leg.role, leg.checked, leg.mean_loss if measure == LOSS else leg.mean_accuracy, colour)
         for colour, leg in enumerate(found.runs)
     ]
     st.markdown("**All tasks, beside plain LoRAs**")
-    _curves("runs", lines, runs_sentence(found), span(found), found, params, measure)
+    _curves("runs", lines, runs_sentence(found, measure), span(found), found, params, measure)
 
 
 def _curves(
@@ -179,7 +210,7 @@ def _curves(
     params: moe_lora.Params,
     measure: str,
 ) -> None:
-    loss = measure == _LOSS
+    loss = measure == LOSS
     fig = curves(
         lines,
         across="step",
@@ -222,15 +253,66 @@ def _table(found: moe_lora.Result) -> None:
             f"{found.experts} × {leg.rank}" if leg.role == "MoE-LoRA" else f"{leg.rank}",
         ]
     st.table(pd.DataFrame(columns), border="horizontal", hide_index=True)
-    rates = ", ".join(f"{leg.role} {leg.learning_rate:g}" for leg in found.runs)
     st.caption(
         plain(
             "Right answers · loss in nats a token, on questions never trained on. FLOPs are what the adapters add to "
             f"one token's forward pass, counted for its {found.top_k} "
             f"expert{'s' if found.top_k > 1 else ''} and the router; for thin experts all are computed at once all "
-            f"the same, as that is faster. Learning rates: {rates}."
+            "the same, as that is faster."
         )
     )
+    _rates(found)
+
+
+def _rates(found: moe_lora.Result) -> None:
+    """Which learning rate each run had, and how it came to it."""
+    tried = tried_rates()
+    with st.expander(plain(rates_sentence(found)), icon=":material/tune:"):
+        if tried is None:
+            st.markdown("The tries behind each run's own rate are not there: engine/recorded is missing.")
+            return
+        st.markdown(plain(rule_sentence(tried)))
+        st.table(tries_table(tried), border="horizontal", hide_index=True)
+        st.caption(
+            "Right answers · loss in nats a token, the mean over the seeds; in bold the rate that the rule takes."
+        )
+
+
+def rates_sentence(found: moe_lora.Result) -> str:
+    """The learning rate of each run."""
+    rates = {leg.learning_rate for leg in found.runs}
+    if len(rates) == 1 and len(found.runs) > 1:
+        return f"Learning rate of all runs: {rates.pop():g}"
+    return "Learning rates: " + ", ".join(f"{leg.role} {leg.learning_rate:g}" for leg in found.runs)
+
+
+def rule_sentence(tried: TriedRates) -> str:
+    """How each run's own rate was chosen."""
+    seeds = sorted({one.seed for one in tried.tries})
+    return (
+        "Unless the controls give one rate to all, each run has its own, chosen for all three by the same rule: of the "
+        f"rates below the one with most right answers over seeds {_and(seeds)}, on the storyteller with the settings "
+        f"that the page opens with ({tried.steps} steps; on {tried.device}, {tried.date}). The questions are those "
+        "that the page asks, so that the figures are a little too good, for all three alike."
+    )
+
+
+def tries_table(tried: TriedRates) -> pd.DataFrame:
+    """A row for each rate, a column for each run."""
+    rates, best = sorted({one.learning_rate for one in tried.tries}), best_rates(tried.tries)
+    columns: dict[str, list[str]] = {"Learning rate": [f"{rate:g}" for rate in rates]}
+    for role in ROLES:
+        columns[role] = []
+        for rate in rates:
+            own = [one for one in tried.tries if (one.role, one.learning_rate) == (role, rate)]
+            told = f"{np.mean([one.right for one in own]):.0%} · {np.mean([one.loss for one in own]):.2f}"
+            columns[role].append(f"**{told}**" if rate == best[role] else told)
+    return pd.DataFrame(columns)
+
+
+def _and(numbers: list[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def routing_sentence(found: moe_lora.Result, chosen: int) -> str:
@@ -244,10 +326,16 @@ def routing_sentence(found: moe_lora.Result, chosen: int) -> str:
     ]
     now, first = found.information[-1, chosen], found.information[0, chosen]
     words = f"{where.capitalize()}, {f'after step {step}' if step else 'before the first step'}: {', '.join(most)}."
-    told = f" Here a token's expert tells {now:.0%} of which task it is from"
+    told = f" Here a token's expert tells {now:.0%} of its task"
     before = f" ({first:.0%} before the first step)" if step else ""
-    mean = found.information[-1].mean()
-    return f"{words}{told}{before}; over all {len(found.projections)} projections it is {mean:.0%} on average."
+    mean, above = found.information[-1].mean(), int((found.information[-1] > now).sum())
+    words += f"{told}{before}, the mean over all {len(found.projections)} projections is {mean:.0%}"
+    if chosen != first_choice(found):
+        return f"{words}."
+    return (
+        f"{words}: this projection comes first because its untrained router tells most, and {above or 'none'} of the "
+        f"others now tell{'s' if above == 1 else ''} more."
+    )
 
 
 def first_choice(found: moe_lora.Result) -> int:

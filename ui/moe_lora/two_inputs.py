@@ -78,7 +78,7 @@ def split_sentence(found: moe_lora_split.Result, params: moe_lora_split.Params) 
     if not found.apart and error < _LEARNED:
         words += (
             " So sharing costs nothing here: one expert can give two inputs that differ opposite outputs. What it "
-            "leaves is an expert that learns nothing."
+            "leaves is an expert without an input."
         )
     return words
 

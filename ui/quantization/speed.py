@@ -17,7 +17,7 @@ _BENCHMARK = "tests.benchmarks.quantize_throughput"
 _NAMES = {"nf4": "NormalFloat 4", "fp4-bnb": "FP4 (bitsandbytes)"}
 _LABELS = {
     "bitsandbytes": "bitsandbytes",
-    "quantize()": "ours, with the check that weights are finite",
+    "quantize()": "ours, waiting to hear whether weights are finite",
     "kernel": "ours, the kernel alone",
     "dequantize()": "ours",
     "double quantization, bitsandbytes": "bitsandbytes, double quantization",
@@ -76,11 +76,11 @@ def quantizing(found: RecordedThroughput, data_type: str) -> str:
     ]
     verdict = {
         (): "is reached on every tensor by neither",
-        ("the kernel alone",): "is reached on every tensor by the kernel alone, not by quantize() with its check",
+        ("the kernel alone",): "is reached on every tensor by the kernel alone, not by quantize() with its wait",
     }.get(tuple(reached), "is reached on every tensor by both")
     return (
-        f"{_NAMES[data_type]}: quantize(), which makes sure that all weights are finite before it returns, "
-        f"has {_range(whole)} times the throughput of bitsandbytes, which does not check; the kernel alone has "
+        f"{_NAMES[data_type]}: quantize(), which waits until it knows that all weights are finite, has "
+        f"{_range(whole)} times the throughput of bitsandbytes, which does not check; the kernel alone has "
         f"{_range(kernel)} times. The target of {TARGET:g} times {verdict}."
     )
 
@@ -95,7 +95,7 @@ def dequantizing(found: RecordedThroughput, data_type: str) -> str:
 
 
 def _range(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:.1f} to {ends[1]:.1f}"
+    return f"{ends[0]:.2f} to {ends[1]:.2f}"
 
 
 def _table(found: RecordedThroughput) -> pd.DataFrame:

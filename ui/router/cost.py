@@ -16,16 +16,22 @@ from ui.charts.router_cost import Line
 from ui.evidence import provenance
 from ui.measure_button import measure_button
 from ui.prose import plain
+from ui.router.recorded import recorded
 from ui.router.settings import KEPT, PREFIX, Settings
 
 RUN = f"{PREFIX}_cost_run"
 AXIS = f"{PREFIX}_axis"
 _HEIGHT, _TALL = 560, 760
+_READING = (
+    "In brackets, and as whiskers: from the 10th to the 90th percentile of the timed runs; what else the device does "
+    "meanwhile is in them. Dashed: by the device's measured peaks, the longer of computing and moving bytes. That is a "
+    "model, and a bound only for sizes beyond the caches: what they hold comes faster."
+)
 _AXES: dict[str, Literal["tokens", "experts"]] = {"tokens": "tokens", "experts": "experts"}
 
 
 def cost(given: Settings) -> None:
-    """The arithmetic at once; times when they are asked for."""
+    """The arithmetic at once; times when they are asked for; and below, what a GPU gave when it was recorded."""
     params: router_cost.Params = given.params
     axis = st.segmented_control("Against", list(_AXES), default="tokens", required=True, key=AXIS, bind="query-params")
     KEPT.keep(AXIS, axis, None if axis == "tokens" else axis)
@@ -35,12 +41,13 @@ def cost(given: Settings) -> None:
         key = f"{PREFIX}_forecast"
         fig = charts.panels(forecast(params, axis), _across(axis), span=_span(params, axis), mode=theme.mode())
         chart.figure(fig, key=key, sentence=forecast_sentence(params), height=_HEIGHT)
-        return
+    else:
 
-    def draw(found: router_cost.Result, measured: router_cost.Params) -> None:
-        _draw(found, measured, axis)
+        def draw(found: router_cost.Result, measured: router_cost.Params) -> None:
+            _draw(found, measured, axis)
 
-    run.watch("router_cost", started, draw, key=RUN, height=_TALL)
+        run.watch("router_cost", started, draw, key=RUN, height=_TALL)
+    recorded(params)
 
 
 def _totals(params: router_cost.Params) -> None:
@@ -157,7 +164,7 @@ def _draw(found: router_cost.Result, params: router_cost.Params, axis: str) -> N
     chart.figure(
         fig,
         key=key,
-        sentence=f"{said} Dashed: by the device's measured peaks, the longer of computing and moving bytes.",
+        sentence=f"{said} {_READING}",
         height=_TALL,
     )
     if found.ended not in ("running", "finished"):

@@ -148,8 +148,8 @@ def _guess_idle(given: Settings) -> None:
 
 
 def idle_experts(found: router_collapse.Result) -> int:
-    """Experts with less than `IDLE` of a fair share at the last checkup, the dead among them."""
-    return int((found.relative[-1] < IDLE).sum())
+    """Experts with less than `IDLE` of a fair share at the last checkup, the dead among them; all where no token is."""
+    return int((~(found.relative[-1] >= IDLE)).sum())
 
 
 def _verdict(found: router_collapse.Result, guessed: int) -> None:
@@ -167,4 +167,4 @@ def _verdict(found: router_collapse.Result, guessed: int) -> None:
         side = "evener" if guessed > idle else "more lopsided"
         st.info(plain(f"{words}: wrong, the load is {side} than you expected."), icon=":material/lightbulb:")
     fig = charts.load_map(found.checked, found.relative, found.steps, mode=theme.mode())
-    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=f"{found.sentence} {found.cause}", height=_HEIGHT)
+    chart.figure(fig, key=f"{PREFIX}_guess_chart", sentence=f"{found.sentence} {found.course}", height=_HEIGHT)

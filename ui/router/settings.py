@@ -21,7 +21,7 @@ VIEW = f"{PREFIX}_view"
 WAY, TEXT, COLLAPSE, LEARNED, COST = "One token's way", "A text", "Collapse", "What experts learned", "Cost"
 KEPT = Kept(PREFIX)
 
-TRAINED, YOURS = "the model trained here", "your text"
+TRAINED, YOURS = "the model trained here", "your text (untrained router)"
 LEARNED_FROM = f"{PREFIX}_learned_from"
 """The key of what the view `LEARNED` looks at."""
 
@@ -108,18 +108,12 @@ def _of_way() -> dict[str, Any]:
     last = (len(known.tokens) if known else MAX_TOKENS) - 1
     # Not a slider: a new end makes it another widget, which forgets the move with which the end was learned.
     values = _controls(model, PREFIX, ["position"], position=Look(maximum=last, widget="number"))
-    values |= _of_router(model)
-    if values["kind"] in _BIASED:
-        values |= _controls(
-            model, PREFIX, ["tilt", "tilted"], tilted=Look(maximum=values["experts"] - 1, widget="number")
-        )
-    return values | _of_reading(model, known)
+    return values | _of_router(model) | _of_reading(model, known)
 
 
 def _of_text() -> dict[str, Any]:
     model = router_text.Params
-    values = _of_router(model)
-    return values | _of_reading(model, run.latest(TEXT_RUN))
+    return _of_router(model) | _of_reading(model, run.latest(TEXT_RUN))
 
 
 def _with_top_k(model: type[ExperimentParams], prefix: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +129,10 @@ def _of_router(model: type[ExperimentParams]) -> dict[str, Any]:
     values |= _controls(model, PREFIX, ["kind", "capacity_factor"], kind=Look(widget="select"))
     if values["kind"] == "noisy":
         values |= _controls(model, PREFIX, ["noise"])
+    if values["kind"] in _BIASED:
+        values |= _controls(
+            model, PREFIX, ["tilt", "tilted"], tilted=Look(maximum=values["experts"] - 1, widget="number")
+        )
     return values
 
 

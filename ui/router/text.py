@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import router_text
-from ui import chart, export, run, theme
+from ui import chart, export, links, run, theme
 from ui.charts import router as charts
 from ui.prose import plain
 from ui.router import tokens
@@ -24,15 +24,15 @@ def text(given: Settings) -> None:
     if found is None:
         return
     params: router_text.Params = run.params_of(TEXT_RUN)
-    _totals(found)
+    _totals(found, params)
     mode = theme.mode()
     starts = source_starts(found.token_source)
     st.html(tokens.by_expert(found.tokens, starts, found.experts, found.gates, found.left_out, mode=mode))
     st.caption(plain(legend_sentence(found)))
     key = f"{PREFIX}_load"
     load = found.load
-    fair = int(load.load.sum()) / len(load.load)
-    fig = charts.loads(load.load, load.wanted, fair, mode=mode)
+    fair, words = fair_share(load, experts_choose=params.kind == "expert choice")
+    fig = charts.loads(load.load, load.wanted, fair, words, mode=mode)
     chart.figure(fig, key=key, sentence=found.sentence, height=_LOAD_HEIGHT)
     export.export(
         fig, key=key, name="router-load", experiment="router_text", params=params, data=lambda: load_table(found)
@@ -75,7 +75,7 @@ def map_sentence(found: router_text.Result, shown: slice) -> str:
     """Where the router is surest and where it hesitates most, among the tokens shown."""
     probs = found.probs[shown]
     if probs.shape[1] == 1:
-        return "With one expert every token gives it probability 1."
+        return "Every token gives the one expert probability 1."
     best = probs.max(1)
     sure, unsure = int(best.argmax()), int(best.argmin())
     if best[sure] - best[unsure] < 1e-3:
@@ -85,6 +85,18 @@ def map_sentence(found: router_text.Result, shown: slice) -> str:
         f"The router is surest at “{labels[sure]}”, of which expert {int(probs[sure].argmax())} gets {best[sure]:.0%}, "
         f"and hesitates most at “{labels[unsure]}”, where no expert gets more than {best[unsure]:.0%}."
     )
+
+
+def scale_sentence(experts: int, kind: str) -> str:
+    """What the colours of the map are, and what is called a probability where scores do not compete."""
+    words = (
+        "One expert always has its fair share, so all of the map has the colour of 1."
+        if experts == 1
+        else f"Coloured is the probability ÷ the fair share 1/{experts}, up to the largest shown."
+    )
+    if kind == "sigmoid":
+        words += " Of sigmoid routing it is a score divided by the sum of the token's scores."
+    return words
 
 
 def load_table(found: router_text.Result) -> pd.DataFrame:
@@ -118,26 +130,52 @@ def map_table(found: router_text.Result) -> pd.DataFrame:
     )
 
 
-def _totals(found: router_text.Result) -> None:
-    load = found.load
+def fair_share(load: router_text.Load, *, experts_choose: bool) -> tuple[float, str]:
+    """What each expert would get if all got the same, and what that is: the one that `Load.relative` is measured by.
+
+    Capacity does not change it: what tokens want is shared, not what is left of that. Where experts choose there is no
+    wish, and it is the mean of what they take.
+    """
+    shared, words = (load.load, "mean load") if experts_choose else (load.wanted, "fair share N·K/E")
+    return float(shared.mean()), words
+
+
+def _totals(found: router_text.Result, params: router_text.Params) -> None:
     with st.container(horizontal=True, key=f"{PREFIX}_totals"):
-        st.metric(
-            "Busiest expert",
+        for label, value, meaning in totals(found, experts_choose=params.kind == "expert choice"):
+            st.metric(label, value, help=meaning)
+
+
+def totals(found: router_text.Result, *, experts_choose: bool = False) -> list[tuple[str, str, str]]:
+    """Label, value and meaning of the figures above the text; a dash where nothing is wanted and there is no figure."""
+    load, experts = found.load, len(found.load.load)
+    labels = (
+        ("Busiest expert", "Entropy of the load", "Dead experts", "Dropped")
+        if experts_choose
+        else ("Most wanted expert", "Entropy of the wishes", "Wanted by no token", "Dropped")
+    )
+    if np.isnan(load.max_violation):
+        return [(label, "–", "No token wants an expert, so there is no figure.") for label in labels]
+    fair, words = fair_share(load, experts_choose=experts_choose)
+    counted = "" if experts_choose else " Counted is what tokens want, before capacity refuses any of it."
+    room = "." if found.capacity is None else f": it takes at most {_tokens(found.capacity)}."
+    values = (
+        (
             f"{load.relative.max():.2f} × fair",
-            help=f"MaxVio = (max − mean) / mean = {load.max_violation:.2f}: 0 when all get the same.",
-        )
-        st.metric(
-            "Entropy of the load",
+            f"The {words} is {fair:.4g} tokens. MaxVio = (max − mean) / mean = {load.max_violation:.2f}: 0 when all "
+            f"get the same.{counted}",
+        ),
+        (
             f"{load.entropy:.2f} nats",
-            help=f"{load.entropy_share:.0%} of ln {len(load.load)} = {np.log(len(load.load)):.2f}, a fair load's.",
-        )
-        st.metric("Dead experts", f"{len(load.dead)} of {len(load.load)}", help="They get no token at all.")
-        st.metric(
-            "Dropped",
-            f"{load.dropped_share:.0%}",
-            help="Choices of an expert that had no room left"
-            + ("." if found.capacity is None else f": it takes at most {_tokens(found.capacity)}."),
-        )
+            f"{load.entropy_share:.0%} of ln {experts} = {np.log(experts):.2f}, that of equal shares.{counted}",
+        ),
+        (
+            f"{len(load.dead)} of {experts}",
+            "Experts that take no token." if experts_choose else "Experts that no token chooses.",
+        ),
+        (f"{load.dropped_share:.0%}", f"Choices of an expert that had no room left{room}"),
+    )
+    return [(label, *figure) for label, figure in zip(labels, values, strict=True)]
 
 
 def _map(found: router_text.Result, params: router_text.Params, starts: list[int]) -> None:
@@ -147,8 +185,14 @@ def _map(found: router_text.Result, params: router_text.Params, starts: list[int
         names = {_ALL: "All sources"} | {
             str(number): f"{number} · {name}" for number, name in enumerate(found.sources, 1)
         }
-        held = st.session_state.get(SOURCE) or st.query_params.get(SOURCE)
-        st.session_state[SOURCE] = held if held in names else _ALL  # it may be of a text of more sources
+        held = st.session_state.get(SOURCE)
+        if held is not None and held not in names:
+            st.query_params.pop(SOURCE, None)  # it was of a text of more sources
+        linked = st.query_params.get(SOURCE, _ALL)
+        held = linked if held is None else held
+        st.session_state[SOURCE] = held if held in names else _ALL
+        if linked not in names:
+            links.ignored(SOURCE, linked, links.one_of(list(names)), _ALL)
         chosen = st.selectbox(
             "Tokens of",
             list(names),
@@ -170,7 +214,8 @@ def _map(found: router_text.Result, params: router_text.Params, starts: list[int
         starts if whole else (0,),
         mode=theme.mode(),
     )
-    chart.figure(fig, key=key, sentence=map_sentence(found, shown), height=200 + _ROW * max(8, experts))
+    said = f"{map_sentence(found, shown)} {scale_sentence(experts, params.kind)}"
+    chart.figure(fig, key=key, sentence=said, height=224 + _ROW * max(8, experts))
     export.export(
         fig, key=key, name="router-tokens", experiment="router_text", params=params, data=lambda: map_table(found)
     )

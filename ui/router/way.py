@@ -28,15 +28,16 @@ def way(given: Settings) -> None:
     st.markdown(around(found.tokens, found.position))
     st.caption(
         plain(
-            f"Token {found.position} of {len(found.tokens)}, as layer {found.layer} of {found.model} receives it; a "
-            f"vector of length {found.norm:.3g}, scaled to unit mean square. {kind_sentence(params.kind)}"
+            f"Token {found.position} (counted from 0; the text has {len(found.tokens)}), as layer {found.layer} of "
+            f"{found.model} receives it; a vector of length {found.norm:.3g}, scaled to unit mean square. "
+            f"{kind_sentence(params.kind)}"
         )
     )
     panels = [Panel(step.title, step.formula, step.values, step.note, step.name == "rank") for step in found.stages]
     key = f"{PREFIX}_way"
     fig = charts.way(panels, found.chosen, mode=theme.mode())
     chart.figure(
-        fig, key=key, sentence=f"{found.sentence} {_colours(found)} The router's entropy is {found.entropy:.2f} nats."
+        fig, key=key, sentence=f"{found.sentence} {_colours(found)} {entropy_sentence(found.entropy, params.kind)}"
     )
     export.export(fig, key=key, name="router-way", experiment="router_token", params=params, data=lambda: table(found))
 
@@ -44,6 +45,12 @@ def way(given: Settings) -> None:
 def kind_sentence(kind: str) -> str:
     """What this kind of routing does, without its source."""
     return f"{kind.capitalize()} routing. {KINDS[kind].split('. ')[0]}."
+
+
+def entropy_sentence(entropy: float, kind: str) -> str:
+    """How undecided the router is, and of which numbers that is said."""
+    of = ", that of the scores divided by their sum, which are no probabilities before" if kind == "sigmoid" else ""
+    return f"The router's entropy is {entropy:.2f} nats{of}."
 
 
 def table(found: router_token.Result) -> pd.DataFrame:

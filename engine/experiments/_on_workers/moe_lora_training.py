@@ -65,8 +65,8 @@ def ignore_filling(model: Decoder) -> None:
         filled = args[0] == FILLER  # (B, T)
         filling[0] = filled if filled.any() else None
 
-    def tell(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict]:
-        return args, {"padding": filling[0]}
+    def tell(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict]:
+        return args, named | {"padding": filling[0]}
 
     model.embed_tokens.register_forward_pre_hook(look)
     for layer in moe_lora_layers(model).values():

@@ -22,7 +22,7 @@ from engine.model import Decoder, ModelConfig, Parts, SwiGLU, evaluating
 from engine.moe.balance import auxiliary_loss
 from engine.moe.feed_forward import MoEFeedForward
 from engine.moe.observation import observing
-from engine.moe.routing import ExpertRouter
+from engine.moe.routing import ExpertRouter, check_finite
 from engine.moe.statistics import Load, load_from_counts
 from engine.trainer import DivergedError, Precision, Trainer, TrainerOptions, summed_loss
 
@@ -74,12 +74,11 @@ class BalancedTrainer(Trainer):
         try:
             with observing(model) as seen:
                 loss = summed_loss(model, inputs, targets, precision)
-        except InputError as error:  # a router says so on the CPU, where looking costs nothing
+            for layer, routing in seen:
+                check_finite(routing, f"The router in {layer}")  # on a GPU the router itself does not look
+        except InputError as error:
             self._stop_routing(str(error))
-        for layer, routing in seen:
-            if not routing.logits.isfinite().all():  # on a GPU, where the router itself does not look
-                self._stop_routing(f"the logits of the router in {layer} are no finite numbers any more")
-            self.chosen.append(routing.wanted)
+        self.chosen += [routing.wanted for _, routing in seen]
         self.next_token_loss = loss.item() / targets.numel()
         if not self.aux_weight:
             return loss

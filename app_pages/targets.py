@@ -1,0 +1,5 @@
+"""The targets page."""
+
+from ui.targets import view
+
+view.page()

@@ -1,0 +1,159 @@
+"""The Ablation view: each technique on and off, a memory bar and a speed bar for each, every row a real run."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from engine.experiments import full_model_ablation
+from engine.experiments._full_model import SWITCHES
+from ui import chart, controls, export, run, theme
+from ui.charts import full_model_runs as charts
+from ui.charts.memory import amount
+from ui.controls import Look
+from ui.evidence import provenance
+from ui.full_model.settings import KEPT, PREFIX, Settings
+from ui.lora.settings import count
+from ui.measure_button import measure_button
+from ui.prose import plain
+
+RUN = f"{PREFIX}_ablation_run"
+OWN = f"{PREFIX}_ablation"
+_HEIGHT = charts.height(10)
+
+
+def ablation(given: Settings) -> None:
+    """What will be run, the button, and the rows as they come."""
+    left, right = st.columns(2, gap="medium")
+    with left:
+        values = KEPT.controls(
+            full_model_ablation.Params,
+            prefix=OWN,
+            fields=["steps"],
+            steps=Look(maximum=200),
+        )
+    with right:
+        values |= KEPT.controls(full_model_ablation.Params, prefix=OWN, fields=["seeds"])
+    params = controls.validated(full_model_ablation.Params, given.params.model_dump() | values)
+    if params is None:
+        if run.latest(RUN) is None:
+            return
+        params = run.params_of(RUN)
+    st.markdown(plain(plan_sentence(params)))
+    started = measure_button("full_model_ablation", params, key=RUN)
+    if started is None:
+        st.info(
+            "Before you run it: which of the switches saves most memory in a training step, and which costs most time?",
+            icon=":material/lightbulb:",
+        )
+        return
+    run.watch("full_model_ablation", started, _draw, key=RUN, height=_HEIGHT)
+
+
+def plan_sentence(params: full_model_ablation.Params) -> str:
+    """What will be run."""
+    rows, seeds = len(params.rows()), params.seeds
+    each = f" with {seeds} seeds each" if seeds > 1 else ""
+    off = [label for name, label in SWITCHES.items() if not getattr(params, name)]
+    without = f" {' and '.join(off)} {'is' if len(off) == 1 else 'are'} switched off and not among them." if off else ""
+    return (
+        f"{rows} rows{each}: nothing on, each technique alone, all of them, and all but one. Every row is a training "
+        f"of {params.steps} steps on the same text, drawn as soon as it is there.{without}"
+    )
+
+
+def bars(found: full_model_ablation.Result) -> list[charts.Row]:
+    """The rows as they are drawn."""
+    return [
+        charts.Row(
+            row.name,
+            row.model_bytes,
+            row.peak_bytes,
+            row.tokens_per_second,
+            row.tokens_per_second * row.median_ms / row.high_ms,
+            row.tokens_per_second * row.median_ms / row.low_ms,
+        )
+        for row in found.rows
+    ]
+
+
+def numbers(found: full_model_ablation.Result) -> pd.DataFrame:
+    """The rows in words, for the page."""
+    rows = found.rows
+    return pd.DataFrame(
+        {
+            "On": [_on_one_line(row.name) for row in rows],
+            "Loss, start": [f"{sum(row.first_loss) / len(row.first_loss):.2f}" for row in rows],
+            "Loss, end": [_losses(row) for row in rows],
+            "ms a step": [_on_one_line(f"{row.median_ms:.0f} ({row.low_ms:.0f} to {row.high_ms:.0f})") for row in rows],
+            "Tokens/s": [f"{row.tokens_per_second:,.0f}" for row in rows],
+            "Step's peak": [amount(row.peak_bytes) for row in rows],
+            "Model": [amount(row.model_bytes) for row in rows],
+            "Learning": [count(row.learning) for row in rows],
+            "Rate": [f"{row.learning_rate:g}" for row in rows],
+        }
+    )
+
+
+def _losses(row: full_model_ablation.Row) -> str:
+    if row.mean_loss != row.mean_loss:
+        return "diverged"
+    if len(row.last_loss) == 1:
+        return f"{row.mean_loss:.2f}"
+    return _on_one_line(f"{row.mean_loss:.2f} ({min(row.last_loss):.2f} to {max(row.last_loss):.2f})")
+
+
+def _on_one_line(words: str) -> str:
+    """On a narrow screen the table is then wider, not many lines high."""
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def table(found: full_model_ablation.Result) -> pd.DataFrame:
+    """The rows as they were measured, one loss a column for each seed."""
+    return pd.DataFrame(
+        [
+            {
+                "row": row.name,
+                **{name: name in row.switches for name in SWITCHES},
+                **{f"first loss, seed {index}": loss for index, loss in enumerate(row.first_loss)},
+                **{f"last loss, seed {index}": loss for index, loss in enumerate(row.last_loss)},
+                "median ms": row.median_ms,
+                "10th percentile ms": row.low_ms,
+                "90th percentile ms": row.high_ms,
+                "timed steps": row.timed,
+                "tokens a second": row.tokens_per_second,
+                "peak bytes of a step": row.peak_bytes,
+                "model bytes": row.model_bytes,
+                "learning parameters": row.learning,
+                "learning rate": row.learning_rate,
+            }
+            for row in found.rows
+        ]
+    )
+
+
+def _draw(found: full_model_ablation.Result, params: full_model_ablation.Params) -> None:
+    if found.ended == "running":
+        st.caption(f"{len(found.rows)} of {found.total} rows are done.")
+    elif found.ended != "finished":
+        st.info(plain(found.ending), icon=":material/info:")
+    if not found.rows:
+        return
+    key = f"{OWN}_bars"
+    fig = charts.ablation(bars(found), found.total, mode=theme.mode())
+    chart.figure(fig, key=key, sentence=found.sentence, height=charts.height(found.total))
+    export.export(
+        fig,
+        key=key,
+        name="whole-model-ablation",
+        experiment="full_model_ablation",
+        params=params,
+        data=lambda: table(found),
+    )
+    st.table(numbers(found), border="horizontal", hide_index=True)
+    st.caption(
+        "Losses in nats a token of text that is never learned. Milliseconds: median, and 10th to 90th percentile of "
+        "the steps that were timed. Each row has the learning rate that suits what learns in it."
+    )
+    if found.ended != "running":
+        provenance(found)

@@ -1,0 +1,124 @@
+"""What the bars of the whole model say, in words made from their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engine.experiments import full_model
+from engine.experiments._full_model import SWITCHES
+from engine.experiments.full_model import Moment
+from engine.experiments.full_model_step import Step
+from ui.charts.memory import amount
+
+_CLOSE = 0.0005  # of the measured memory: said to be the same
+
+
+def named(switches: Sequence[str]) -> str:
+    """Switches by their names for people, e.g. ``"LoRA, 4-bit base"``."""
+    return ", ".join(SWITCHES[name] for name in switches) or "nothing on"
+
+
+def memory_sentence(found: full_model.Result, step: Step | None) -> str:
+    """When most is held, how that was predicted, and what each switch does to it, the largest first."""
+    peak = found.chosen.memory.peak
+    part, size = max(peak.parts.items(), key=lambda item: item[1])
+    words = (
+        f"At its fullest, {peak.name}, a step holds {amount(peak.total)}: {part} {_takes(part)} "
+        f"{size / peak.total:.0%} of it, the model itself {_model_share(peak):.0%}"
+    )
+    if step is not None:
+        off = abs(step.error)
+        measured = f"measured {amount(step.peak_bytes)}"
+        words += f"; {measured}, {'as predicted' if off < _CLOSE else f'{off:.1%} off the prediction'}"
+    saved = {name: saved_bytes(found, name) for name in SWITCHES}
+    ranked = sorted(saved, key=lambda name: -abs(saved[name]))
+    effects = ", ".join(f"{SWITCHES[name]} {memory_effect(saved[name])}" for name in ranked)
+    return f"{words}. With the others as they are set, {effects}."
+
+
+def saved_bytes(found: full_model.Result, name: str) -> int:
+    """Of a step, by a switch."""
+    on, off = found.worth(name)
+    return off.memory.peak.total - on.memory.peak.total
+
+
+def memory_effect(saved: int) -> str:
+    """What a switch does to memory, in words."""
+    if saved == 0:
+        return "changes nothing"
+    return f"{'saves' if saved > 0 else 'costs'} {amount(abs(saved))}"
+
+
+def _model_share(peak: Moment) -> float:
+    return sum(peak.parts.get(part, 0) for part in ("weights", "scales", "adapters", "routers")) / peak.total
+
+
+def _takes(part: str) -> str:
+    return "take" if part.endswith("s") else "takes"
+
+
+def speed_sentence(step: Step | None, flipped: Mapping[str, Step | None]) -> str:
+    """How long a step takes, and what each switch that was measured does to it.
+
+    Args:
+        step: of the settings; None where it was not measured.
+        flipped: with one switch the other way, by its name; None where that was not measured.
+    """
+    if step is None:
+        return "A step with these settings has not been measured yet."
+    time = step.evidence
+    words = (
+        f"A step takes {_ms(time.median_ms)} ms (10th to 90th percentile {_ms(time.low_ms)} to {_ms(time.high_ms)}), "
+        f"{step.tokens_per_second:,.0f} tokens a second."
+    )
+    pairs = {
+        name: (step, other) if name in step.on else (other, step)
+        for name, other in flipped.items()
+        if other is not None
+    }
+    if not pairs:
+        return f"{words} Flip a switch and flip it back, or measure every switch, to see what each is worth."
+    effects = [f"{SWITCHES[name]} {speed_effect(*pair)}" for name, pair in pairs.items()]
+    return f"{words} {'; '.join(effects)}.{_why(pairs)}{_caution(pairs)}"
+
+
+def speed_effect(on: Step, off: Step) -> str:
+    """What a switch does to a step's time, as far as that can be told."""
+    if not apart(on, off):
+        return "cannot be told from its absence"
+    ratio = on.evidence.median_ms / off.evidence.median_ms
+    return f"makes a step {ratio:.2f} times slower" if ratio > 1 else f"makes a step {1 / ratio:.2f} times faster"
+
+
+def apart(one: Step, other: Step) -> bool:
+    """Whether one is slower in every turn or, if they were not timed in turns, their spreads leave a gap."""
+    a, b = one.evidence, other.evidence
+    if 1 < len(one.rounds) == len(other.rounds):
+        slower = [mine > theirs for mine, theirs in zip(one.rounds, other.rounds, strict=True)]
+        return (all(slower) or not any(slower)) and a.median_ms != b.median_ms
+    return a.low_ms > b.high_ms or b.low_ms > a.high_ms
+
+
+def _why(pairs: Mapping[str, tuple[Step, Step]]) -> str:
+    """Why 4 bits are slower where they are: memory is what they are for."""
+    if "quantization" not in pairs:
+        return ""
+    on, off = pairs["quantization"]
+    if not apart(on, off) or on.evidence.median_ms < off.evidence.median_ms:
+        return ""
+    return " 4 bits take time: every product unpacks its matrix first, forward and backward."
+
+
+def _caution(pairs: Mapping[str, tuple[Step, Step]]) -> str:
+    """What is to be known of times that were not taken in turns."""
+    turns = {len(step.rounds) for pair in pairs.values() for step in pair}
+    if len(turns) == 1 and (count := turns.pop()) > 1:
+        return f" All were timed in {count} turns, and told apart is what differed alike in each of them."
+    return (
+        " Not all were timed in turns, and what else the machine did meanwhile is in the difference: “Measure every "
+        "switch” takes turns."
+    )
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

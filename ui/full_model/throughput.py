@@ -1,0 +1,102 @@
+"""The Throughput view: how long one waits for a token, and how many come a second, against batch and length."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from engine.experiments import full_model_throughput
+from ui import chart, controls, export, run, theme
+from ui.charts import full_model_runs as charts
+from ui.evidence import provenance
+from ui.full_model.settings import PREFIX, Settings
+from ui.measure_button import measure_button
+from ui.prose import plain
+
+RUN = f"{PREFIX}_throughput_run"
+OWN = f"{PREFIX}_throughput"
+DECODE, PREFILL = "Writing a token", "Reading a prompt"
+_PHASES: dict[str, full_model_throughput.Phase] = {DECODE: "decode", PREFILL: "prefill"}
+_WAITS = {DECODE: "one token more", PREFILL: "all prompts"}
+_HEIGHT = 560
+
+
+def throughput(given: Settings) -> None:
+    """What will be measured, the button, and both pictures as their points come."""
+    params = controls.validated(full_model_throughput.Params, given.params.model_dump())
+    if params is None:
+        return
+    st.markdown(plain(plan_sentence(params)))
+    started = measure_button("full_model_throughput", params, key=RUN)
+    if started is None:
+        st.info(
+            "A prompt is read at once; after it every token waits for the one before. Does writing eight texts at once "
+            "take eight times as long as writing one?",
+            icon=":material/lightbulb:",
+        )
+        return
+    run.watch("full_model_throughput", started, _draw, key=RUN, height=_HEIGHT)
+
+
+def plan_sentence(params: full_model_throughput.Params) -> str:
+    """What will be measured."""
+    batches, lengths = (", ".join(map(str, numbers)) for numbers in (params.batches, params.lengths))
+    return (
+        f"The model of the switches reads prompts, then writes with a cache of keys and values: batches of {batches} "
+        f"texts of {lengths} tokens, up to the batch and the length that are set."
+    )
+
+
+def lines(found: full_model_throughput.Result, phase: full_model_throughput.Phase) -> list[list[charts.Line]]:
+    """Latency and throughput of a phase, a line for every length."""
+    drawn: list[list[charts.Line]] = [[], []]
+    for length in sorted({point.length for point in found.points}):
+        points = [point for point in found.points if (point.length, point.phase) == (length, phase)]
+        if not points:
+            continue
+        name, batches = f"{length} tokens", [point.batch for point in points]
+        times = [(point.median_ms, point.low_ms, point.high_ms) for point in points]
+        drawn[0].append(charts.Line(name, batches, *map(list, zip(*times, strict=True))))
+        speeds = [
+            tuple(point.tokens_per_second * point.median_ms / ms for ms in (middle, high, low))
+            for point, (middle, low, high) in zip(points, times, strict=True)
+        ]
+        drawn[1].append(charts.Line(name, batches, *map(list, zip(*speeds, strict=True))))
+    return drawn
+
+
+def table(found: full_model_throughput.Result) -> pd.DataFrame:
+    """The points as rows."""
+    return pd.DataFrame([vars(point) for point in found.points])
+
+
+def _draw(found: full_model_throughput.Result, params: full_model_throughput.Params) -> None:
+    if found.ended == "running":
+        st.caption(f"{len(found.points)} of {found.total} points are done.")
+    elif found.ended != "finished":
+        st.info(plain(found.ending), icon=":material/info:")
+    if len(found.points) < 2:
+        return
+    what = st.segmented_control(
+        "What is timed",
+        list(_PHASES),
+        default=DECODE,
+        required=True,
+        key=f"{OWN}_phase",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    latency, speed = lines(found, _PHASES[what])
+    fig = charts.throughput(latency, speed, params.batches, _WAITS[what], mode=theme.mode())
+    key = f"{OWN}_curves"
+    chart.figure(fig, key=key, sentence=found.sentence, height=_HEIGHT)
+    export.export(
+        fig,
+        key=key,
+        name="whole-model-throughput",
+        experiment="full_model_throughput",
+        params=params,
+        data=lambda: table(found),
+    )
+    if found.ended != "running":
+        provenance(found)
