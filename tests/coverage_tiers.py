@@ -62,7 +62,7 @@ TIERS = (
             "unit/test_head_statistics.py",
             "unit/test_lora.py",
             "unit/test_masks.py",
-            "performance/test_attention_targets.py",
+            "performance/test_measured_targets.py",
         ),
     ),
     Tier(

@@ -1,4 +1,4 @@
-"""FlashAttention against standard attention: equal on a CPU and smaller there, faster and smaller on a GPU."""
+"""FlashAttention and standard attention on a CPU: equal, and smaller; a GPU is asked in test_measured_targets.py."""
 
 from functools import partial
 
@@ -7,12 +7,11 @@ import torch
 
 from engine import FlashAttention, StandardAttention
 from engine.measure import peak_memory
-from engine.targets.attention import cold_calls
 
 
-def drawn(*shape, device="cpu", seed=0):
+def drawn(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator).to(device) for _ in range(3)]
+    return [torch.randn(*shape, generator=generator) for _ in range(3)]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 128, 64), (1, 8, 512, 64), (2, 2, 1000, 128), (1, 1, 2048, 32)], ids=str)
@@ -32,20 +31,3 @@ def test_on_a_cpu_memory_is_linear_and_not_quadratic():
     small, large = (peak_memory(partial(flash, *drawn(1, 4, length, 64)), "cpu") for length in (1024, 2048))
     assert large < 0.3 * weights
     assert large < 2.5 * small
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("first", ["Flash", "Standard"])
-def test_ten_cold_calls_are_more_than_one_and_a_half_times_as_fast(first):
-    seconds = cold_calls(first)
-    assert seconds["StandardAttention"] > 1.5 * seconds["FlashAttention"], seconds
-
-
-@pytest.mark.gpu
-def test_peak_memory_is_more_than_a_fifth_lower():
-    tensors = drawn(1, 4, 4096, 64, device="cuda")
-    standard, flash = StandardAttention(64), FlashAttention(64, calls_before_measuring=0)
-    for layer in (standard, flash):
-        layer(*tensors)
-    most, least = (peak_memory(lambda layer=layer: layer(*tensors), "cuda") for layer in (standard, flash))
-    assert least < 0.8 * most

@@ -447,11 +447,6 @@ class TestOnAGpu:
         assert [kind.grad for kind in choice._choices] == [True]
         choice.forget()
 
-    @pytest.mark.gpu
-    @pytest.mark.parametrize("each", [each for each in read_targets() if each.needs_gpu], ids=lambda each: each.key)
-    def test_a_gpu_keeps_its_bound(self, each):
-        assert each.bound.holds(measures.measure(each, LocalJob("cuda")).value)
-
 
 WHOLE = {"engine/moe/routing.py": (10, 10), "engine/moe/rows.py": (10, 10)}
 """A report of all of the expert tier."""
