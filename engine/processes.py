@@ -1,12 +1,13 @@
 """The processes that train one model together, one for each GPU: this one alone, or those of a process group.
 
     processes = join(model, accelerator)
+    processes.align(model)                                # all begin with the weights of the main process
     learner = processes.wrap(model)                       # its backward pass averages the gradients of all processes
     mine = torch.arange(64)[processes.share]              # every process another part
     total, count = processes.sum(loss, scored)
 
-Whatever waits for the others is called in every process, as often and in the same order. All begin with the weights of
-the main process and take the same steps, so that each holds the whole model at any time.
+Whatever waits for the others is called in every process, as often and in the same order. All take the same steps, so
+that each holds the whole model at any time.
 
 Through Accelerate, which knows which process this is and on which device however the processes were started
 (`accelerate launch`, `torchrun`, a group of one's own), wraps the model in PyTorch's DistributedDataParallel with what
@@ -51,6 +52,9 @@ class OneProcess:
         """Of a sequence that is dealt out, what this process gets: every `count`-th, from `rank` on."""
         return slice(self.rank, None, self.count)
 
+    def align(self, model: nn.Module) -> None:
+        """Give `model` the weights, scales and buffers that it has in the main process."""
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """What to call instead of `model`, so that a backward pass averages the gradients of all processes."""
         return model
@@ -90,10 +94,13 @@ class ProcessGroup(OneProcess):
         self._accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
 
+    def align(self, model: nn.Module) -> None:
+        """Give `model` the weights, scales and buffers that it has in the main process."""
+        for tensor in training_state.tensors_of(model).values():
+            distributed.broadcast(tensor.detach(), 0)
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call instead of `model`; all processes' tensors become those of the main one."""
-        for scales in training_state.scales_of(model).values():  # of all else DistributedDataParallel does it
-            distributed.broadcast(scales.detach(), 0)
+        """What to call instead of `model`."""
         return self._accelerator.prepare_model(model, device_placement=False)
 
     def accumulating(self, learner: nn.Module) -> AbstractContextManager:

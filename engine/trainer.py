@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 _ORDER, _DRAWS, _DROPOUT = 0, 1, 2
 
+_ENOUGH_TO_JUDGE = 64
+"""Scored tokens whose mean loss can tell a run that diverged from a token that surprises."""
+
 
 def summed_loss(model: Decoder, inputs: Tensor, targets: Tensor, precision: Precision = "float32") -> Tensor:
     """−Σ ln p(target) in nats over the scored positions of inputs and targets, (B, T) each."""
@@ -143,6 +146,8 @@ class Trainer:
         """(step, held-out loss in nats a token) of the run so far, where `evaluate_every` asked for it."""
         self._best: dict[str, Tensor] = {}
         self._learner: nn.Module | None = None
+        self._unjudged: list[tuple[float, int]] = []
+        """Loss and scored tokens of the last steps, until they are enough to judge."""
         self._check_blocks(held_out)
         if isinstance(dataset, TokenBlocks):
             self._check_blocks(dataset)
@@ -150,6 +155,7 @@ class Trainer:
         self._processes = processes.join(model, accelerator)
         self._check_shares(options)
         self._configure(options, self._make_optimizer(options))
+        self._processes.align(model)
 
     def _configure(self, options: TrainerOptions, optimizer: torch.optim.Optimizer) -> None:
         self.options, self._optimizer = options, optimizer
@@ -239,7 +245,7 @@ class Trainer:
         if not self._learning:
             raise InputError("Every weight of the model is frozen: give it adapters, or weights that may learn.")
         self.step, self.total_steps = 0, steps
-        self.evaluations, self._best = [], {}
+        self.evaluations, self._best, self._unjudged = [], {}, []
         self._optimizer.state.clear()
         self._seed_dropout()
         return self.resume()
@@ -339,9 +345,10 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         batch = self._batch(self.step)
-        loss = self._sum_gradients(batch)
+        scored = int((batch.targets != IGNORED).sum())
+        loss = self._sum_gradients(batch, scored)
         norm = nn.utils.clip_grad_norm_(self._learning, self.options.max_grad_norm).item()
-        self._check_finite(loss, norm, rate)
+        self._check_sane(loss, norm, rate, scored)
         self._optimizer.step()
         self.step += 1
         if self.device.type == "cuda":
@@ -358,16 +365,15 @@ class Trainer:
             held_out_loss=self._examine(),
         )
 
-    def _sum_gradients(self, batch: Batch) -> float:
+    def _sum_gradients(self, batch: Batch, scored: int) -> float:
         """Leave the gradient of the mean loss of `batch`, of which this process computes its share, in the weights."""
-        scored = max(1, int((batch.targets != IGNORED).sum()))
         loss = torch.zeros((), device=self.device)
         self._optimizer.zero_grad()
         parts = self._parts(batch)
         for number, (inputs, targets) in enumerate(parts, start=1):
             last = number == len(parts)
             with nullcontext() if last else self._processes.accumulating(self._learner):
-                share = self._loss(self._learner, inputs, targets, self.options.precision) / scored
+                share = self._loss(self._learner, inputs, targets, self.options.precision) / max(1, scored)
                 (share * self._processes.count).backward()  # of which the mean over the processes is taken
             loss += share.detach()
         return self._processes.sum(loss)[0]
@@ -437,14 +443,21 @@ class Trainer:
         content = b"".join(part.cpu().long().numpy().tobytes() for part in batch)
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
-    def _check_finite(self, loss: float, norm: float, rate: float) -> None:
+    def _check_sane(self, loss: float, norm: float, rate: float, scored: int) -> None:
         guessing = math.log(self.model.config.vocab_size)
         if not math.isfinite(loss):
             self._stop("the loss is no number any more", rate)
         if not math.isfinite(norm):
             self._stop("the gradient is no number any more", rate)
-        if self.step > 0 and loss > 3 * guessing:
-            self._stop(f"the loss is {loss:.3g}, guessing would cost {guessing:.3g}", rate)
+        if self.step == 0:
+            return
+        self._unjudged.append((loss, scored))
+        tokens = sum(count for _, count in self._unjudged)
+        if tokens >= _ENOUGH_TO_JUDGE:
+            mean = sum(each * count for each, count in self._unjudged) / tokens
+            self._unjudged.clear()
+            if mean > 3 * guessing:
+                self._stop(f"the loss is {mean:.3g}, guessing would cost {guessing:.3g}", rate)
 
     def _stop(self, what: str, rate: float) -> NoReturn:
         step, highest = self.step + 1, self.options.learning_rate

@@ -29,7 +29,9 @@ import torch
 from engine import FlashAttention, StandardAttention
 
 calls, *shape = json.loads(sys.argv[2])
-torch.cuda.set_device(torch.device(sys.argv[3]))
+device = torch.device(sys.argv[3])
+if device.index is not None:
+    torch.cuda.set_device(device)
 torch.manual_seed(0)
 Q, K, V = (torch.randn(shape, device="cuda") for _ in range(3))
 torch.cuda.synchronize()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from engine.model import Decoder
     from engine.runtime.jobs import Job
 
+_RUNS = 100
+"""Ten milliseconds each that a GPU is timed for: a pass of all layers takes several of them."""
+
 
 def reading_time(job: Job, batch: int, length: int) -> Figure:
     """Milliseconds in which the model that `production_config` describes reads (B, T) ids, as for a first token."""
@@ -32,7 +35,8 @@ def reading_time(job: Job, batch: int, length: int) -> Figure:
 
     for _ in range(_passes_before_choice(model)):  # not within the measurement, in which no kernel would be chosen
         read()
-    found = measure_time(read, job.device, dtype=model.embed_tokens.weight.dtype, shape=f"({batch}, {length}) ids")
+    shape, runs = f"({batch}, {length}) ids", _RUNS if torch.device(job.device).type == "cuda" else 10
+    found = measure_time(read, job.device, dtype=model.embed_tokens.weight.dtype, shape=shape, runs=runs)
     return Figure(found.median_ms, found.low_ms, found.high_ms, found.runs)
 
 

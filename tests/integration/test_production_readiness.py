@@ -64,6 +64,7 @@ def on_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 def test_in_bfloat16_too_steps_on_2_times_1024_tokens_stay_below_the_target(on_gpu):
     (target,) = (target for target in read_targets() if target.key == "production_memory")
     blocks = TokenBlocks(tokens(target.settings["batch"], target.settings["length"] + 1))
@@ -74,5 +75,6 @@ def test_in_bfloat16_too_steps_on_2_times_1024_tokens_stay_below_the_target(on_g
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 def test_ids_may_be_on_another_device(on_gpu):
     assert on_gpu(tokens(1, 8)).is_cuda

@@ -28,6 +28,7 @@ def test_memory_is_within_its_bound_and_holds_the_weights(target):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # kernels are compiled and chosen, and cold calls have processes of their own
 @parametrized([target for target in TARGETS if target.group in ("attention", "gpu")])
 def test_a_gpu_keeps_every_bound_on_time_and_memory(target):
     assert target.bound.holds(measure(target, LocalJob("cuda")).value)

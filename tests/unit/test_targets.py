@@ -231,11 +231,17 @@ class TestMeasuring:
         assert Params.stop_grace > attention._LONGEST
         assert not is_held("cpu")
 
-    def test_cold_calls_are_made_on_the_device_that_they_are_told(self):
-        program = "import sys, torch\ntorch.cuda.set_device = lambda device: sys.exit(str(device))\n"
-        command = [sys.executable, "-c", program + attention._COLD_CALLS, "Flash", "[1, 1, 1, 8, 4]", "cuda:3"]
+    @pytest.mark.parametrize(("device", "made_current"), [("cuda:3", ["cuda:3"]), ("cuda", [])])
+    def test_cold_calls_are_made_on_the_device_that_they_are_told(self, device, made_current):
+        program = """
+import sys, torch
+current = []
+torch.cuda.set_device = lambda device: current.append(str(device))
+torch.randn = lambda shape, device: sys.exit(f"{device} {current}")
+"""
+        command = [sys.executable, "-c", program + attention._COLD_CALLS, "Flash", "[1, 1, 1, 8, 4]", device]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.stderr.strip() == "cuda:3"
+        assert done.stderr.strip() == f"cuda {made_current}"
 
     @pytest.mark.parametrize(("program", "last"), [("raise ValueError('no kernel')", "ValueError: no kernel"),
                                                    ("import sys; sys.exit(1)", "it said nothing")])  # fmt: skip
@@ -420,6 +426,23 @@ class TestOnAGpu:
         small, large = (production.training_memory(JOB, 2, length).value for length in (8, 64))
         assert held < small < 1.5 * held
         assert large > small
+
+    @pytest.mark.parametrize(("batch", "length"), [(2, 8), (3, 16)])
+    def test_production_reads_and_learns_as_many_tokens_as_asked(self, monkeypatch, batch, length):
+        config = ModelConfig(d_model=64, num_layers=1, num_heads=2, use_flashattention=True)
+        seen = []
+
+        def build(device, build=production._build):
+            model = build(device)
+            model.register_forward_pre_hook(lambda model, given: seen.append(tuple(given[0].shape)))
+            return model
+
+        monkeypatch.setattr(production, "production_config", lambda: config)
+        monkeypatch.setattr(production, "_passes_before_choice", lambda model: 1)
+        monkeypatch.setattr(production, "_build", build)
+        production.training_memory(JOB, batch, length)
+        production.reading_time(JOB, batch, length)
+        assert set(seen) == {(batch, length)}
 
     def test_production_is_measured_with_the_kernel_that_it_chooses(self, monkeypatch):
         config = ModelConfig(vocab_size=64, d_model=64, num_layers=12, num_heads=2, use_flashattention=True)

@@ -247,6 +247,12 @@ class TestSteps:
         assert losses == pytest.approx(expected, rel=0.02)
         assert {weight.dtype for weight in weights(rough).values()} == {torch.float32}
 
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_what_is_held_out_is_read_in_the_precision_that_is_trained_in(self, seed):
+        exact, rough = (trainer(decoder(seed), precision=precision).evaluate() for precision in ("float32", "bfloat16"))
+        assert exact != rough
+        assert rough == pytest.approx(exact, rel=0.02)
+
     def test_a_report_says_what_the_step_cost(self):
         reports = []
         trainer(on_step=reports.append).train_steps(3)
@@ -1034,6 +1040,14 @@ class TestDiverging:
         with pytest.raises(DivergedError, match=said) as raised:
             run.train_steps(10)
         assert raised.value.step == spoiled_after + 1
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize(("batch_size", "length"), [(1, 1), (4, 1), (1, 8)])
+    def test_a_rare_token_among_few_is_no_divergence(self, seed, batch_size, length):
+        rare = (torch.rand(200, length + 1, generator=torch.Generator().manual_seed(seed)) < 0.05).long()
+        model = decoder(seed, vocab_size=2)
+        options = TrainerOptions(batch_size=batch_size, seed=seed)
+        assert len(Trainer(model, TokenBlocks(rare), options).train_steps(80)) == 80
 
     def test_a_rate_that_works_is_not_stopped(self):
         losses = trainer(learning_rate=1e-2).train_steps(60)

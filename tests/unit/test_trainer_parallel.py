@@ -98,12 +98,14 @@ def trainer(kind="dense", seed=0, dataset=None, on_step=None, cancelled=None, mo
 def finish(run, steps):
     """What a run of `steps` comes to, as JSON can say it."""
     reports, before = [], training_state.copy_learned(run.model)
+    held_out_before = run.evaluate()
     run.on_step = reports.append
     losses = run.train_steps(steps)
     after = training_state.copy_learned(run.model)
     return {
         "losses": losses,
         "norms": [report.grad_norm for report in reports],
+        "held_out_before": held_out_before,
         "held_out": run.evaluate(),
         "evaluations": run.evaluations,
         "learned": {name: tensor.flatten().tolist() for name, tensor in after.items()},
@@ -340,6 +342,7 @@ def found(folder):
 def check_same_run(theirs, alone):
     assert theirs["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert theirs["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert theirs["held_out_before"] == pytest.approx(alone["held_out_before"], rel=1e-5)
     assert theirs["held_out"] == pytest.approx(alone["held_out"], rel=1e-5)
     assert [step for step, _ in theirs["evaluations"]] == [step for step, _ in alone["evaluations"]]
     assert theirs["learned"].keys() == alone["learned"].keys()
