@@ -36,6 +36,7 @@ _RUNNING = ("queued", "running")
 _LONG_WAIT = " Trainings, sweeps and benchmarks have the device one at a time."
 _LEFT = "seconds_left"  # what a job says of a part of it; the time that is shown is the whole job's
 _DONE = "share_of_time"  # what a job says where some steps take much longer than others
+_TELLING = 0.04  # share of a job from which on the time so far says how long the rest takes
 _SHARES = ("accuracy", "score", "share")
 _restart_lock = Lock()
 
@@ -394,7 +395,7 @@ def _status(ticket: Ticket, params: ExperimentParams, brief: bool = False) -> tu
     if not brief:
         parts += [_number(name, value) for name, value in progress.numbers.items() if name not in (_LEFT, _DONE)]
     done = min(1.0, progress.numbers.get(_DONE, progress.step / progress.total))
-    if done:
+    if done >= _TELLING:
         parts.append(f"about {ticket.seconds * (1 - done) / done:.0f} s left")
     return done, " · ".join(parts)
 

@@ -131,7 +131,7 @@ def run(params: Params, job: Job) -> Result:
     """
     from engine.measure import device_name, versions
 
-    rows = unmeasured(params.groups)
+    rows = [_before(row.target, job.device) for row in unmeasured(params.groups)]
     where, software, began = device_name(job.device), versions() | _other_versions(), time.monotonic()
 
     def result(ended: Ending, ending: str) -> Result:
@@ -196,11 +196,13 @@ def describe_recorded(rows: Sequence[Row], recorded: Mapping[str, RecordedFigure
     """That nothing is measured yet, and how many targets a GPU met."""
     found = [(row.target.bound, recorded[row.target.key].figure) for row in rows if row.target.key in recorded]
     met = sum(figure is not None and bound.holds(figure.value) for bound, figure in found)
+    others = sum(row.target.group != "coverage" for row in rows) - len(found)
     devices = sorted({each.device.removeprefix("NVIDIA ") for each in recorded.values()})
     words = f"None of the {len(rows)} targets is measured here yet"
     if not found:
         return f"{words}, and nothing is recorded of a GPU."
-    return f"{words}. Of {len(found)} that were recorded on a GPU ({', '.join(devices)}), {met} {_are(met)} met."
+    rest = f"; {others} {_are(others)} not recorded yet" if others else ""
+    return f"{words}. Of {len(found)} that were recorded on a GPU ({', '.join(devices)}), {met} {_are(met)} met{rest}."
 
 
 EVIDENCE = (
@@ -234,6 +236,11 @@ def _measured(target: Target, part: JobPart) -> Row:
     if not math.isfinite(figure.value):
         return row("failed", note=f"What was measured is no number. {figure.note}".rstrip())
     return row("passed" if target.bound.holds(figure.value) else "failed", figure, figure.note)
+
+
+def _before(target: Target, device: str) -> Row:
+    """Not measured yet, or not to be measured here."""
+    return Row(target, note="Needs a GPU." if target.needs_gpu and not device.startswith("cuda") else "")
 
 
 def _share(target: Target, device: str) -> float:

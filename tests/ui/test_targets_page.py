@@ -142,6 +142,20 @@ def test_the_button_measures_all_and_rows_fill_in(page, runtime):
     assert not page.exception
 
 
+def test_one_group_can_be_measured_alone(page, runtime):
+    runtime.stand_ins["targets"] = lambda params, job: result(unmeasured(params.groups))
+    (groups,) = page.button_group
+    groups.set_value(["coverage", "attention"]).run()
+    chosen = unmeasured(("attention", "coverage"))
+    assert list(shown(page))[1:] == [row.target.name for row in chosen]
+    press(page)
+    assert runtime.tickets[-1].params == targets.Params(groups=("attention", "coverage"))
+    assert list(shown(finish(page)))[1:] == [row.target.name for row in chosen]
+    page.button_group[0].set_value([]).run()
+    assert [warning.value for warning in page.warning] == ["Choose at least one group of targets."]
+    assert not [button for button in page.button if button.label.startswith("Measure")]
+
+
 def test_while_it_waits_the_table_stays(page, runtime):
     release = threading.Event()
 

@@ -654,12 +654,12 @@ class TestARun:
             job.cancelled, job.timed_out = True, timed_out
             return Figure(1.0)
 
-        table(made("a", quantity="last"), made("b", quantity="last"), last=last)
+        table(made("a", quantity="last"), made("b", quantity="last"), made("c", needs_gpu=True, group="gpu"), last=last)
         found = run(Params(), job)
-        assert [row.verdict for row in found.rows] == ["passed", "not measured"]
-        assert found.rows[1].note == ""
+        assert [row.verdict for row in found.rows] == ["passed", "not measured", "not measured"]
+        assert [row.note for row in found.rows] == ["", "", "Needs a GPU."]
         assert found.ended == ("timed out" if timed_out else "cancelled")
-        assert found.ending.endswith("after 1 of 2 targets, which are shown.")
+        assert found.ending.endswith("after 1 of 3 targets, which are shown.")
 
     def test_a_measurement_that_is_stopped_has_not_failed(self, table):
         def stop(job, **_):
@@ -699,8 +699,12 @@ class TestSentences:
             "b": RecordedFigure(Figure(11.0), "NVIDIA H200", "2026-01-01"),
         }
         assert describe_recorded(rows, recorded) == (
-            "None of the 3 targets is measured here yet. Of 2 that were recorded on a GPU (H200), 1 is met."
+            "None of the 3 targets is measured here yet. Of 2 that were recorded on a GPU (H200), 1 is met; 1 is not "
+            "recorded yet."
         )
+        assert describe_recorded(rows[:2], recorded).endswith("Of 2 that were recorded on a GPU (H200), 1 is met.")
+        uncounted = [*rows[:2], Row(made("share", group="coverage"))]
+        assert describe_recorded(uncounted, recorded).endswith("(H200), 1 is met.")
         assert describe_recorded(rows, {}).endswith("and nothing is recorded of a GPU.")
 
 

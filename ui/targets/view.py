@@ -31,22 +31,38 @@ def page() -> None:
         return
     recorded = recorded_figures()
     st.markdown(
-        "Every figure that the software promises, with its bound. One button measures them all on this machine, one "
-        "after the other, so that none disturbs another; fine-tuning, which takes longest, is real as well. "
+        "Every figure that the software promises, with its bound. One button measures them on this machine, one after "
+        "the other, so that none disturbs another; LoRA takes by far the longest, since its fine-tuning is real. "
         "The same without a browser: `python -m engine targets`."
     )
-    _body(rows, recorded)
+    _body(recorded)
     with st.expander("What each target measures", icon=":material/help:"):
         st.markdown("\n".join(_explanations(rows)))
 
 
 @st.fragment
-def _body(rows: Sequence[Row], recorded: Mapping[str, RecordedFigure]) -> None:
+def _body(recorded: Mapping[str, RecordedFigure]) -> None:
+    info = Params.model_fields["groups"]
+    chosen = st.pills(
+        info.title,
+        list(GROUPS),
+        format_func=GROUPS.get,
+        selection_mode="multi",
+        default=list(info.default),
+        key="targets_groups",
+        bind="query-params",
+    )
+    if not chosen:
+        st.warning("Choose at least one group of targets.", icon=":material/checklist:")
+        return
+    params = Params(groups=tuple(group for group in GROUPS if group in chosen))
+    rows = unmeasured(params.groups)
+
     def before() -> None:
         st.markdown(f"**{plain(describe_recorded(rows, recorded))}**")
         st.html(table(rows, recorded, mode=theme.mode()))
 
-    started = measure_button("targets", Params(), key=_RUN)
+    started = measure_button("targets", params, key=_RUN)
     if started is None:
         before()
     else:
