@@ -36,7 +36,7 @@ from engine.flash.backends import Case, absent, choices, standard_attention
 from engine.flash.traffic import attention_flops
 from engine.measure import Evidence, ceilings, device_name, measure_time, peak_memory, versions
 from engine.targets.attention import cold_calls
-from tests.benchmarks.flash_sweeps import check_same_place
+from tests.benchmarks.recording import check_same_place
 
 TOKENS, WIDTH, CACHE = 16384, 2048, 4096
 WHAT = "Attention by every backend, by tests/benchmarks/flash_attention.py"

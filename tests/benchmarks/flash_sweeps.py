@@ -10,23 +10,13 @@ it is of this device and these versions. What the lab derives from the points is
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from engine import experiments
-from engine.measure import device_name, versions
-from engine.runtime.jobs import LocalJob
+from tests.benchmarks import recording
 
 WHAT = "The FlashAttention lab's sweeps, by tests/benchmarks/flash_sweeps.py"
 TOKENS, WIDTH = 16384, 2048
-DERIVED = ("predicted", "predicted_bytes", "predicted_ms", "sentence")
 
 
 def sweeps(small: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -44,49 +34,9 @@ def sweeps(small: bool) -> list[tuple[str, dict[str, Any]]]:
     return [*speeds, ("flash_decode", decode)]
 
 
-def measured(found: dict[str, Any]) -> dict[str, Any]:
-    """Without what follows from the rest."""
-    return {name: value for name, value in found.items() if name not in DERIVED}
-
-
-def check_same_place(path: Path, found: dict[str, Any], device: str) -> None:
-    """End with a sentence unless `found`, a part of the record at `path`, is of this device and these versions."""
-    here = {"device": device_name(device), "versions": versions()}
-    there = {name: found[name] for name in here}
-    if there != here:
-        was, now = (
-            f"{each['device']} with {', '.join(f'{name} {version}' for name, version in each['versions'].items())}"
-            for each in (there, here)
-        )
-        raise SystemExit(f"{path} was recorded on {was}, and this is {now}: give another file.")
-
-
 def main() -> int:
-    """Run those that the record lacks, print a line each, write the record anew after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="short sequences, to see that everything runs")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    given = arguments.json
-    record = json.loads(given.read_text(encoding="utf-8")) if given and given.exists() else {"what": WHAT, "runs": []}
-    for run in record["runs"]:
-        check_same_place(given, run["result"], arguments.device)
-    there = [(run["experiment"], run["params"]) for run in record["runs"]]
-    for name, values in sweeps(arguments.small):
-        if (name, values) in there:
-            continue
-        start = time.perf_counter()
-        result = experiments.get(name).run(experiments.parse(name, values), LocalJob(arguments.device))
-        plain = experiments.to_plain(result)
-        today = datetime.date.today().isoformat()
-        kept = measured(plain) | {"points": [measured(point) for point in plain["points"]]}
-        record["runs"].append({"experiment": name, "recorded": today, "params": values, "result": kept})
-        print(f"{name} {values}: {len(plain['points'])} points, {time.perf_counter() - start:.0f} s")
-        print(f"  {plain['sentence']}", flush=True)
-        if given:
-            given.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-    return 0
+    """Run those that the record lacks."""
+    return recording.record(WHAT, __doc__, sweeps)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from engine.experiments._flash_recorded import (
     recorded_speed,
 )
 from engine.flash import choice
-from tests.benchmarks import flash_attention, flash_sweeps
+from tests.benchmarks import flash_attention, flash_sweeps, recording
 
 README = Path(__file__).parents[2] / "README.md"
 DIRECTIONS = ("forward", "backward", "forward and backward")
@@ -248,7 +248,7 @@ class TestScripts:
 
     def test_a_record_of_other_versions_is_refused(self, tmp_path):
         found = {"device": measure.device_name("cpu"), "versions": measure.versions()}
-        flash_sweeps.check_same_place(tmp_path, found, "cpu")
+        recording.check_same_place(tmp_path, found, "cpu")
         found["versions"] = found["versions"] | {"torch": "0.1"}
         with pytest.raises(SystemExit, match=r"torch 0\.1"):
-            flash_sweeps.check_same_place(tmp_path, found, "cpu")
+            recording.check_same_place(tmp_path, found, "cpu")
