@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from engine import training_state
 from engine.errors import InputError, WorkbenchError
+from engine.quantization.production import scales_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +92,7 @@ class ProcessGroup(OneProcess):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """What to call instead of `model`; all processes' tensors become those of the main one."""
-        for scales in training_state.scales_of(model).values():  # of all else DistributedDataParallel does it
+        for scales in scales_of(model).values():  # of all else DistributedDataParallel does it
             distributed.broadcast(scales.detach(), 0)
         return self._accelerator.prepare_model(model, device_placement=False)
 
