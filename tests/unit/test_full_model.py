@@ -1,6 +1,5 @@
 """Every technique on and off in any combination: the same model at first, and one that learns and generates."""
 
-import itertools
 import math
 
 import pytest
@@ -26,17 +25,9 @@ from engine.model import Decoder, evaluating
 from engine.moe.injection import moe_lora_layers
 from engine.moe.lora import MoELoRALinear
 from engine.trainer import summed_loss
+from tests.combinations import COMBINATIONS, SWITCHES, every_combination, named
 
-SWITCHES = ("use_lora", "use_quantization", "use_flashattention", "use_moe")
-COMBINATIONS = [dict(zip(SWITCHES, states, strict=True)) for states in itertools.product((False, True), repeat=4)]
 SMALL = {"d_model": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 1000, "max_seq_len": 64, "lora_rank": 4}
-
-
-def named(switches):
-    return "+".join(name.removeprefix("use_") for name, on in switches.items() if on) or "nothing"
-
-
-every_combination = pytest.mark.parametrize("switches", COMBINATIONS, ids=named)
 
 
 def small(switches, seed=0, **changes):
