@@ -288,7 +288,9 @@ def _load_scales_of_4_bits(
 ) -> None:
     """Take what bitsandbytes stores beside a weight's codes and does not load; see `load_state_dict` in PyTorch."""
     from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
+    fix_4bit_weight_quant_state_from_module(layer)  # pickle makes it a plain parameter, whose copy has no scales
     name, own = f"{prefix}weight", layer.weight.quant_state
     stored = {key: given.pop(key) for key in list(given) if key.startswith(f"{name}.")}
     theirs = None
@@ -297,6 +299,7 @@ def _load_scales_of_4_bits(
     if theirs and (theirs.shape, theirs.blocksize) == (own.shape, own.blocksize):
         for part, scales in _scales(own).items():
             scales.copy_(_scales(theirs)[part])
+        layer.quant_state = own  # of which a deep copy has two
     elif stored or name in given:
         inside = " with scales in 8 bits" if own.nested else ""
         _refuse(f"{own.quant_type} in blocks of {own.blocksize}{inside}", own.shape, layer, given, name, rest)

@@ -359,6 +359,19 @@ def test_a_copy_takes_a_state_too_and_a_file_gives_it_back(name, tmp_path):
     assert torch.equal(logits(second, x), logits(first, x))
 
 
+@pytest.mark.parametrize("name", ["4 bits", "all"])
+def test_a_model_that_is_saved_as_a_whole_gives_and_takes_a_state_too(name, tmp_path):
+    first, second, third = (BUILDS[name](seed) for seed in range(3))
+    second = copy.deepcopy(second)
+    second.load_state_dict(first.state_dict())
+    torch.save(second, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(logits(copy.deepcopy(read), given(name)), logits(first, given(name)))
+    read = copy.deepcopy(read)
+    read.load_state_dict(third.state_dict())
+    torch.testing.assert_close(logits(read, given(name)), logits(third, given(name)))
+
+
 def without_scales(stored):
     return {name: tensor for name, tensor in stored.items() if "weight." not in name and not name.endswith("SCB")}
 
