@@ -12,22 +12,20 @@ Legend: L layers, D model width, R rank, E experts, K chosen per token.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
 from engine.architecture import ATTENTION, FEED_FORWARD, ModelConfig
 from engine.errors import InputError
 from engine.flash.attention import FlashAttention, StandardAttention
+from engine.full_model_cost import Learning
 from engine.lora.injection import inject_lora, lora_parameters
 from engine.lora.linear import LoRALinear
 from engine.model import Decoder
 from engine.moe.injection import inject_moe_lora, moe_lora_layers
 from engine.moe.lora import MoELoRALinear
 from engine.quantization.production import quantize_model_4bit
-
-Learning = Literal["everything", "adapters"]
-"""What learns beside the adapters: everything that is neither adapted nor in 4 bits, or nothing."""
 
 
 def create_optimized_model(config: ModelConfig) -> Decoder:

@@ -25,7 +25,7 @@ Part = Literal["embeddings", "norms", "base matrices", "adapters", "routers"]
 StoredPart = Literal["weights", "scales", "adapters", "routers"]
 Adapter = Literal["LoRA", "mixture"]
 Learning = Literal["everything", "adapters"]
-"""As `engine.full_model.Learning`."""
+"""What learns beside the adapters: everything that is neither adapted nor in 4 bits, or nothing."""
 
 WIDTH = 4
 """Bytes of a number."""

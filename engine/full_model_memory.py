@@ -7,9 +7,9 @@ The forward pass is counted tensor by tensor, as `engine.saved_activations` does
 which is neither mixtures of adapters nor attention with all its weights, nor a model that learns around frozen
 matrices. Several moments of a step are counted, and the fullest is the peak. Needs no torch.
 
-It is exact for what is held and saved on a CPU. On CUDA kernels of other shapes keep other things for themselves: norms
-keep less, FlashAttention keeps copies in half precision; the rest is taken to be alike. cuBLAS's workspace, which a
-process has once, is left out.
+It is exact for what is held and saved on a CPU. On CUDA other functions save other things: norms less, mixtures less of
+what chooses and gates (`_saved_by_mixture`), FlashAttention copies in half precision too. cuBLAS's workspace, which a
+process has once, is left out, and so is what the allocator rounds up.
 
 Legend: N = batch · length tokens, T tokens of a text, L layers, D model width, F feed-forward width, H query heads,
 G key/value heads, d head width, V vocabulary, R rank, E experts, K chosen per token, I inputs, O outputs.
@@ -333,21 +333,26 @@ def _saved_by_adapters(step: Step, matrices: tuple[Matrix, ...], together: bool)
 
 
 def _saved_by_mixture(step: Step, matrix: Matrix, reads_gradient: bool) -> int:
-    """Tables of the router, x·A four times on its way through the gates, all A and all B side by side.
+    """What chooses and gates, x·A on its way through the gates, all A and all B side by side, in float32.
 
-    The router's weight and A are kept for the gradient of x. Where tokens are grouped by expert, their rows are copied
-    and each has an output of its own.
+    all experts, on CUDA  `choose_in_one_launch`: logits N·E, chosen experts N·K in int64, gates N·K
+                          `gate_columns`: u = x·A, N·E·R, and the choice again; the product with B: its result, N·E·R
+    all experts           logits, twice their log-sigmoid's, a table of gates, N·E each, a mask of N·E bytes; what is
+                          looked up, scattered and divided, N·K each; x·A four times, N·E·R each
+    grouped by expert     tables of the router as before; N·K rows of x, A and B in an order of their own
+
+    The router's weight and A are kept for the gradient of x.
     """
     config, N = step.model.config, step.tokens
     E, K, R = config.num_experts, config.top_k, config.lora_rank
-    all_experts = takes_all_experts(config, matrix, N, step.on_cuda)
-    factors = E * R * matrix.outputs + reads_gradient * (E + E * R) * matrix.inputs
-    tables = 4 * WIDTH * N * E + N * E  # logits, twice their log-sigmoid's, what gates are taken from; a mask of bytes
-    saved = WIDTH * factors + tables
-    if all_experts:
-        return saved + N * (WIDTH * E + K * (2 * _ID + WIDTH) + 4 * WIDTH * E * R)
-    rows = matrix.inputs + 4 * R + matrix.outputs
-    return saved + N * K * (3 * _ID + 2 * WIDTH + WIDTH * rows) + 4 * E
+    factors = WIDTH * (E * R * matrix.outputs + reads_gradient * (E + E * R) * matrix.inputs)
+    tables = 4 * WIDTH * N * E + N * E
+    if not takes_all_experts(config, matrix, N, step.on_cuda):
+        rows = matrix.inputs + 4 * R + matrix.outputs
+        return factors + tables + N * K * (3 * _ID + 2 * WIDTH + WIDTH * rows) + 4 * E
+    if step.on_cuda:
+        return factors + N * (WIDTH * E + K * (_ID + WIDTH) + 2 * WIDTH * E * R)
+    return factors + tables + N * (WIDTH * E + K * (2 * _ID + WIDTH) + 4 * WIDTH * E * R)
 
 
 def _rotary_table(step: Step) -> int:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.quantization.production import scales_of
 
 _HEADER = "workbench_training"
 _CPU, _CUDA = "cpu", "cuda"
@@ -47,25 +48,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, shared ones once, and `scales_of` it."""
     return dict(model.named_parameters()) | _buffers(model) | scales_of(model)
-
-
-def scales_of(model: nn.Module) -> dict[str, Tensor]:
-    """The scales of bitsandbytes' 4- and 8-bit weights, by name: to PyTorch no parameters and no buffers."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            scales = {"absmax": state.absmax}
-            if state.nested:
-                scales |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
-            # Named after their codebook, for with another one the same codes are other weights.
-            found |= {f"{name}.{state.quant_type}.{part}": tensor for part, tensor in scales.items()}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if hasattr(weight, "SCB"):
-            scales = module.state.SCB if weight.SCB is None else weight.SCB  # the first forward pass moves them
-            found |= {} if scales is None else {f"{name}.weight.SCB": scales}
-    return found
 
 
 @torch.no_grad()

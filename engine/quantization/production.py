@@ -73,6 +73,9 @@ class QuantizationReport:
 def quantize_model_4bit(model: nn.Module, quant_type: QuantType = "nf4", double_quantization: bool = True) -> nn.Module:
     """A copy of `model` whose linear layers hold 4-bit weights in blocks; `model` is not touched.
 
+    Its `state_dict` holds codes, scales and codebooks, and another copy with the same blocks and types loads it; any
+    other state of these layers is refused with a RuntimeError, and they stay as they are.
+
     Each becomes a `bitsandbytes.nn.Linear4bit` that computes in its weight's dtype. What is left as it is, such as
     embeddings, a head that shares the embedding's weights, and three-dimensional tensors of experts, is listed with the
     reason in the copy's ``quantization``, a `QuantizationReport`.
@@ -119,6 +122,7 @@ def quantize_model_4bit(model: nn.Module, quant_type: QuantType = "nf4", double_
             module=layer,
         ).to(linear.weight.device)
         layer.support_avx512bf16_for_cpu = False
+        layer.register_load_state_dict_pre_hook(_load_scales_of_4_bits)
         return layer
 
     return _replace_layers(model, make, _object_to_ragged)
@@ -152,6 +156,7 @@ def quantize_model_8bit(model: nn.Module, threshold: float = THRESHOLD) -> nn.Mo
         )
         unquantized = Int8Params(linear.weight.detach().cpu(), requires_grad=False)
         layer.weight = unquantized.to(linear.weight.device)  # it quantizes on its way from the CPU
+        layer.register_load_state_dict_pre_hook(_load_scales_of_8_bits)
         return layer
 
     return _replace_layers(model, make)
@@ -195,6 +200,20 @@ class StoredWeight:
             scales = kernels.NestedScales(scales, inner.code, inner.absmax, state.offset, inner.blocksize)
         codes = packed.view(torch.uint8)
         return kernels.dequantize_blocks(codes, scales, state.code, state.blocksize, state.shape, dtype)
+
+
+def scales_of(model: nn.Module) -> dict[str, Tensor]:
+    """The scales of bitsandbytes' 4- and 8-bit weights, by name: to PyTorch no parameters and no buffers."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        weight, called = module._parameters.get("weight"), f"{name}.weight" if name else "weight"
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            # Named after their codebook, for with another one the same codes are other weights.
+            found |= {f"{called}.{state.quant_type}.{part}": each for part, each in _scales(state).items()}
+        if hasattr(weight, "SCB") and (scales := _scales_of_8_bits(module)) is not None:
+            found[f"{called}.SCB"] = scales
+    return found
 
 
 def get_model_memory_mb(model: nn.Module) -> float:
@@ -251,6 +270,72 @@ def _put(model: nn.Module, duplicate: nn.Module, selection: Selection, made: dic
         if id(module) in first:
             duplicate.set_submodule(name, made[first[id(module)]])
     return duplicate
+
+
+def _scales(state: QuantState) -> dict[str, Tensor]:
+    """Of a 4-bit weight."""
+    nested = {"offset": state.offset, "nested_absmax": state.state2.absmax} if state.nested else {}
+    return {"absmax": state.absmax} | nested
+
+
+def _scales_of_8_bits(layer: nn.Module) -> Tensor | None:
+    return layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # the first forward pass moves them
+
+
+@torch.no_grad()
+def _load_scales_of_4_bits(
+    layer: nn.Module, given: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
+    """Take what bitsandbytes stores beside a weight's codes and does not load; see `load_state_dict` in PyTorch."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+    fix_4bit_weight_quant_state_from_module(layer)  # pickle makes it a plain parameter, whose copy has no scales
+    name, own = f"{prefix}weight", layer.weight.quant_state
+    stored = {key: given.pop(key) for key in list(given) if key.startswith(f"{name}.")}
+    theirs = None
+    if stored.keys() == {f"{name}.{key}" for key in own.as_dict(packed=True)} and _alike(given.get(name), layer.weight):
+        theirs = QuantState.from_dict(stored, layer.weight.device)
+    if theirs and (theirs.shape, theirs.blocksize) == (own.shape, own.blocksize):
+        for part, scales in _scales(own).items():
+            scales.copy_(_scales(theirs)[part])
+        layer.quant_state = own  # of which a deep copy has two
+    elif stored or name in given:
+        inside = " with scales in 8 bits" if own.nested else ""
+        _refuse(f"{own.quant_type} in blocks of {own.blocksize}{inside}", own.shape, layer, given, name, rest)
+    _copy_not_assign(metadata)
+
+
+@torch.no_grad()
+def _load_scales_of_8_bits(
+    layer: nn.Module, given: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
+    """As `_load_scales_of_4_bits`; bitsandbytes loads them itself, but only if `strict` and before the first use."""
+    name, own = f"{prefix}weight", _scales_of_8_bits(layer)
+    theirs = given.pop(f"{prefix}SCB", None)
+    if _alike(theirs, own) and _alike(given.get(name), layer.weight):
+        own.copy_(theirs)
+    elif theirs is not None or name in given:
+        _refuse("int8", layer.weight.shape, layer, given, name, rest)
+    _copy_not_assign(metadata)
+
+
+def _refuse(kind: str, shape: torch.Size, layer: nn.Module, given: dict[str, Any], name: str, rest: tuple) -> None:
+    """Leave the weight `name` as it is, and have `load_state_dict` raise."""
+    given[name] = layer.weight
+    rest[-1].append(
+        f"{name}: what is given are not the codes and scales of {kind}, {' × '.join(map(str, shape))}: give the state "
+        "of a model of the same configuration."
+    )
+
+
+def _copy_not_assign(metadata: dict[str, Any]) -> None:
+    """A weight that were assigned would be a plain parameter, without scales."""
+    metadata["assign_to_params_buffers"] = False
+
+
+def _alike(given: Tensor | None, own: Tensor) -> bool:
+    return given is not None and given.shape == own.shape and given.dtype == own.dtype
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -14,11 +14,10 @@ from engine.model import Decoder
 from engine.moe.injection import moe_lora_layers
 from engine.moe.lora import MoELoRALayer
 from engine.trainer import summed_loss
+from tests.combinations import SWITCHES, every_combination
 
 pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
 
-SWITCHES = ("use_lora", "use_quantization", "use_flashattention", "use_moe")
-COMBINATIONS = [dict(zip(SWITCHES, states, strict=True)) for states in itertools.product((False, True), repeat=4)]
 SHAPES = [
     {"d_model": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100, "lora_rank": 4, "num_experts": 3, "top_k": 2},
     {"d_model": 96, "num_layers": 1, "num_heads": 3, "vocab_size": 50, "lora_rank": 7, "num_experts": 1},
@@ -26,13 +25,6 @@ SHAPES = [
      "lora_rank": 16, "num_experts": 8, "top_k": 1, "tie_embeddings": False},
     {"d_model": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 96, "vocab_size": 20, "lora_rank": 1, "num_experts": 5},
 ]  # fmt: skip
-
-
-def named(switches):
-    return "+".join(name.removeprefix("use_") for name, on in switches.items() if on) or "nothing"
-
-
-every_combination = pytest.mark.parametrize("switches", COMBINATIONS, ids=named)
 
 
 def build(config, learning, seed=0):

@@ -1,8 +1,13 @@
-"""What a training step is predicted to keep and to hold, against the step that is taken."""
+"""What a training step is predicted to keep and to hold, against the step that is taken.
+
+What CUDA's functions keep is checked through Triton's interpreter where there is no GPU:
+`python -m tests.unit.test_full_model_memory`.
+"""
 
 import dataclasses
 import gc
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +15,13 @@ import torch
 from engine import ModelConfig, optimize
 from engine.full_model_cost import Model, parameters
 from engine.full_model_memory import PARTS, Step, optimizer_bytes, step_memory
-from engine.measure import exclusive
+from engine.measure import exclusive, peak_memory
 from engine.model import Decoder
+from engine.moe.injection import moe_lora_layers
 from engine.trainer import summed_loss
-from tests.unit.test_full_model_cost import SHAPES, every_combination, named
+from tests.combinations import SWITCHES, every_combination, named
+from tests.interpreter import report, run_in_interpreter
+from tests.unit.test_full_model_cost import SHAPES
 
 pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
 
@@ -44,7 +52,7 @@ def saved_bytes(model, ids):
         loss = summed_loss(model, ids, ids) / ids.numel()
     gc.collect()
     found = {held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage().nbytes() for held in alive}
-    loss.backward()
+    del loss  # until here it has held the graph
     return sum(size for place, size in found.items() if place not in own)
 
 
@@ -104,3 +112,80 @@ def test_on_a_gpu_norms_keep_less_and_flashattention_more():
         norms = 4 * BATCH * LENGTH * config.d_model * (2 * config.num_layers + 1)
         copies = 4 * BATCH * LENGTH * 2 * config.d_model * config.num_layers  # of four tensors, in half as many bytes
         assert on_cpu - on_cuda == norms - flash * copies
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return run_in_interpreter(__name__)
+
+
+def check_what_a_mixture_keeps_on_cuda(device):
+    """Only adapters learn, with standard attention: on CUDA the rest keeps the same then."""
+    used = lambda like, num_experts: True  # noqa: E731
+    for experts, top_k, rank in ((3, 2, 4), (8, 1, 2), (1, 1, 3)):
+        for quantized in (False, True):
+            config = ModelConfig(
+                d_model=32, num_layers=2, num_heads=2, vocab_size=20, use_moe=True, use_quantization=quantized,
+                num_experts=experts, top_k=top_k, lora_rank=rank,
+            )  # fmt: skip
+            model, ids = build(config, "adapters").to(device), torch.randint(20, (BATCH, LENGTH), device=device)
+            for layer in moe_lora_layers(model).values():
+                layer.form = "concatenated"  # as the layer chooses on CUDA
+            with patch("engine.moe.routing.has_kernels", used), patch("engine.moe.gating.has_kernels", used):
+                found = saved_bytes(model, ids)
+            assert found == step_memory(Step(Model(config, "adapters"), BATCH, LENGTH, on_cuda=True)).saved + 4
+
+
+CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_the_interpreter(interpreted, name):
+    assert not interpreted[name], interpreted[name]
+
+
+def step_bytes(config, learning, batch, length):
+    """What a training step on a GPU holds at its peak; CUDA's libraries have what they keep for good already."""
+    before = torch.cuda.memory_allocated()
+    model = build(config, learning).cuda()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5, fused=True)
+    ids = torch.randint(config.vocab_size, (2, batch, length), device="cuda")
+
+    def step():
+        (summed_loss(model, *ids) / ids[0].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with exclusive("cuda"):
+        step()  # it makes the optimizer's state
+        gc.collect()
+        return torch.cuda.memory_allocated() - before + peak_memory(step, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("switches", "changes", "learning"),
+    [
+        ({}, {}, "everything"),
+        ({"use_moe": True}, {}, "everything"),
+        ({"use_moe": True, "use_flashattention": True}, {"num_experts": 16, "lora_rank": 32}, "everything"),
+        ({"use_moe": True}, {"num_experts": 16, "lora_rank": 64}, "adapters"),
+        (dict.fromkeys(SWITCHES, True), {}, "everything"),
+        (dict.fromkeys(SWITCHES, True), {"num_experts": 16, "lora_rank": 32}, "everything"),
+        (dict.fromkeys(SWITCHES, True), {"num_experts": 16, "lora_rank": 32}, "adapters"),
+        (dict.fromkeys(SWITCHES, True), {"num_experts": 16, "lora_rank": 64}, "everything"),
+    ],
+)
+def test_on_a_gpu_the_peak_is_the_predicted_one(switches, changes, learning):
+    config = ModelConfig(d_model=512, num_layers=4, num_heads=8, **switches | changes)
+    batch, length = 8, 256
+    step_bytes(config.changed(d_model=64, num_layers=1, lora_rank=2), learning, 2, 8)
+    gc.collect()
+    found = step_bytes(config, learning, batch, length)
+    predicted = step_memory(Step(Model(config, learning), batch, length, on_cuda=True)).peak
+    assert predicted.total == pytest.approx(found, rel=0.1), predicted.name
+
+
+if __name__ == "__main__":
+    report(CHECKS)

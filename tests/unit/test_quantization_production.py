@@ -16,10 +16,16 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from engine import create_test_transformer, get_model_memory_mb, quantize_model_4bit
+from engine import (
+    ModelConfig,
+    create_optimized_model,
+    create_test_transformer,
+    get_model_memory_mb,
+    quantize_model_4bit,
+)
 from engine.errors import InputError
 from engine.lora.injection import inject_lora, lora_parameters
-from engine.model import Decoder, ModelConfig
+from engine.model import Decoder
 from engine.quantization.grouping import per_block
 from engine.quantization.methods import quantize_layers
 from engine.quantization.production import quantize_model_8bit
@@ -282,3 +288,126 @@ def test_adapters_learn_on_a_quantized_model():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def optimized(seed, **changes):
+    """A model of which nothing is 0, so that each of its tensors is seen in its logits."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50, "lora_rank": 4}
+    model = create_optimized_model(ModelConfig(**sizes | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def quantized(convert, **options):
+    """One that makes a model in few bits from a seed."""
+
+    def build(seed):
+        model = decoder(tie_embeddings=False)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return convert(model, **options)
+
+    return build
+
+
+BUILDS = {
+    "4 bits": quantized(quantize_model_4bit),
+    "4 bits, plain scales": quantized(quantize_model_4bit, double_quantization=False),
+    "fp4": quantized(quantize_model_4bit, quant_type="fp4"),
+    "8 bits": quantized(quantize_model_8bit),
+    "LoRA": lambda seed: optimized(seed, use_quantization=True, use_lora=True),
+    "mixtures": lambda seed: optimized(seed, use_quantization=True, use_moe=True, tie_embeddings=False),
+    "all": lambda seed: optimized(
+        seed, use_quantization=True, use_moe=True, use_lora=True, use_flashattention=True, d_model=96, num_heads=3
+    ),
+    "a layer": lambda seed: quantize_model_4bit(nn.Linear(64, 32)),
+}
+
+
+def given(name):
+    return torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) if name == "a layer" else ids(0, 50)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}], ids=str)
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_state_goes_from_one_model_to_another(name, options):
+    first, second, x = BUILDS[name](0), BUILDS[name](1), given(name)
+    wanted = logits(first, x)
+    assert not torch.allclose(logits(second, x), wanted, atol=1e-3)
+    stored = first.state_dict()
+    assert not any(second.load_state_dict(stored, **options))
+    assert torch.equal(logits(second, x), wanted)
+    assert torch.equal(logits(copy.deepcopy(second), x), wanted)
+    assert get_model_memory_mb(second) == get_model_memory_mb(first)
+    if "assign" not in options:  # then nothing is shared
+        for tensor in second.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(logits(first, x), wanted)
+
+
+@pytest.mark.parametrize("name", ["4 bits", "8 bits", "all"])
+def test_a_copy_takes_a_state_too_and_a_file_gives_it_back(name, tmp_path):
+    first, second, x = BUILDS[name](0), copy.deepcopy(BUILDS[name](1)), given(name)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(logits(second, x), logits(first, x))
+
+
+@pytest.mark.parametrize("name", ["4 bits", "all"])
+def test_a_model_that_is_saved_as_a_whole_gives_and_takes_a_state_too(name, tmp_path):
+    first, second, third = (BUILDS[name](seed) for seed in range(3))
+    second = copy.deepcopy(second)
+    second.load_state_dict(first.state_dict())
+    torch.save(second, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(logits(copy.deepcopy(read), given(name)), logits(first, given(name)))
+    read = copy.deepcopy(read)
+    read.load_state_dict(third.state_dict())
+    torch.testing.assert_close(logits(read, given(name)), logits(third, given(name)))
+
+
+def without_scales(stored):
+    return {name: tensor for name, tensor in stored.items() if "weight." not in name and not name.endswith("SCB")}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("4 bits", lambda: BUILDS["8 bits"](0).state_dict(), "not the codes and scales of nf4"),
+        ("4 bits", lambda: decoder(tie_embeddings=False).state_dict(), "codes and scales of nf4 in blocks of 64"),
+        ("4 bits", lambda: BUILDS["4 bits, plain scales"](0).state_dict(), "with scales in 8 bits"),
+        ("4 bits, plain scales", lambda: BUILDS["4 bits"](0).state_dict(), "not the codes"),
+        ("4 bits", lambda: BUILDS["fp4"](0).state_dict(), "not the codes and scales of nf4"),
+        ("4 bits", lambda: without_scales(BUILDS["4 bits"](0).state_dict()), "not the codes and scales"),
+        ("4 bits", lambda: {k: v.float() for k, v in BUILDS["4 bits"](0).state_dict().items()}, "not the codes"),
+        ("8 bits", lambda: without_scales(BUILDS["8 bits"](0).state_dict()), "codes and scales of int8, 64 × 64"),
+        ("8 bits", lambda: decoder(tie_embeddings=False).state_dict(), "codes and scales of int8"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_the_matrices_stay(name, make, words, strict):
+    model = BUILDS[name](1)
+    before = state(model)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.q_proj\.weight: what is given") as error:
+        model.load_state_dict(make(), strict=strict)
+    assert words in str(error.value)
+    assert "give the state of a model of the same configuration" in str(error.value)
+    after = state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before if "q_proj" in name)
+
+
+def test_a_state_of_adapters_alone_leaves_the_matrices():
+    model, other = (optimized(seed, use_quantization=True, use_lora=True) for seed in (0, 1))
+    before = state(model)
+    adapters = {name: tensor for name, tensor in other.state_dict().items() if "adapter" in name}
+    missing, unexpected = model.load_state_dict(adapters, strict=False)
+    assert adapters
+    assert not unexpected
+    assert set(missing) <= before.keys() - adapters.keys()
+    assert all(torch.equal(adapters.get(name, before[name]), tensor) for name, tensor in state(model).items())
