@@ -9,16 +9,22 @@ import torch
 
 from engine import llama, pretrained
 from engine.errors import InputError
-from engine.experiments import full_model_ablation, full_model_throughput, full_model_training, parse
+from engine.experiments import (
+    full_model_ablation,
+    full_model_throughput,
+    full_model_training,
+    parse,
+)
 from engine.experiments._full_model import SWITCHES
 from engine.experiments._full_model_runs import LEARNING_RATES
 from engine.experiments._on_workers.full_model_throughput import continuing, reading
 from engine.experiments._on_workers.full_model_training import SAMPLE_TOKENS, Ground, persevere
 from engine.experiments.full_model_ablation import EVERYTHING, NOTHING, describe_rows, states
+from engine.measure import is_held
 from engine.model import evaluating
 from engine.runtime.jobs import LocalJob
 from engine.runtime.results import weigh
-from engine.trainer import DivergedError
+from engine.trainer import DivergedError, Trainer
 
 TINY = {"d_model": 32, "num_layers": 1, "num_heads": 2, "rank": 2, "experts": 3, "batch_size": 4, "length": 32}
 OFF = dict.fromkeys(SWITCHES, False)
@@ -221,6 +227,51 @@ class TestAblation:
             predicted = params.step_bytes(**states(frozenset(row.switches)))
             assert row.peak_bytes <= predicted < 2.5 * row.peak_bytes
 
+    def test_every_row_says_what_learns(self, ablated):
+        learns = {row.name: row.learns for row in ablated.rows}
+        assert learns[NOTHING] == learns["FlashAttention"] == ("embeddings", "norms", "base matrices")
+        assert learns["4-bit base"] == ("embeddings", "norms")
+        assert learns["LoRA"] == ("embeddings", "norms", "adapters")
+        assert learns["MoE-LoRA"] == ("embeddings", "norms", "some base matrices", "adapters", "routers")
+
+    @pytest.mark.parametrize("rate", [10, 1])  # nothing comes as far as the second step, some rows not to the third
+    def test_rows_that_diverge_early_cost_no_other_row_and_are_called_nothing_else(self, rate):
+        tiny = {"d_model": 32, "num_layers": 1, "num_heads": 1, "rank": 2, "experts": 2, "length": 16, "batch_size": 2}
+        switches = OFF | {"lora": True, "moe": True}
+        params = full_model_ablation.Params(**tiny, **switches, steps=5, text=TEXT, learning_rate=rate)
+        found = full_model_ablation.run(params, LocalJob())
+        assert found.ended == "finished"
+        assert [row.name for row in found.rows] == [NOTHING, "LoRA", "MoE-LoRA", EVERYTHING]
+        early = [row for row in found.rows if not row.timed]
+        assert early
+        assert all(row.diverged and math.isnan(row.median_ms) for row in early)
+        assert f"Diverged before a step was timed: {', '.join(row.name for row in early)}." in found.sentence
+        assert "nan" not in found.sentence
+        assert "0.0" not in found.sentence
+        weigh(found)
+
+    def test_every_step_that_is_timed_has_the_device_for_itself(self, monkeypatch):
+        held = {}
+
+        class Watched(Trainer):
+            def resume(self):
+                held.setdefault(self.step, set()).add(is_held(str(self.device)))
+                return super().resume()
+
+        monkeypatch.setattr("engine.experiments._on_workers.full_model_training.Trainer", Watched)
+        params = full_model_ablation.Params(**TINY, **OFF | {"lora": True}, steps=6, text=TEXT)
+        full_model_ablation.run(params, LocalJob())
+        assert held == {0: {False}} | {step: {True} for step in range(1, 6)}
+
+    @pytest.mark.parametrize(("seeds", "ends"), [(1, (1, 9)), (2, (2, 18))])
+    def test_of_fewer_than_ten_times_the_spread_is_all_of_them(self, seeds, ends):
+        runs = [full_model_ablation._Run(6.0, 4.0, [9.0, *range(1, 9)], 4, 2, 1)]
+        if seeds == 2:
+            runs += [full_model_ablation._Run(6.0, 4.0, list(map(float, range(10, 20))), 4, 2, 1)]
+        made = full_model_ablation._row(NOTHING, frozenset(), runs, full_model_ablation.Params(), 1)
+        assert (made.low_ms, made.high_ms) == pytest.approx(ends, abs=0.9)
+        assert ((made.low_ms, made.high_ms) == ends) == (seeds == 1)
+
     def test_complete_rows_survive_a_cancellation(self):
         params = full_model_ablation.Params(**TINY, steps=5, text=TEXT)
         found = full_model_ablation.run(params, stop_after(12))
@@ -242,11 +293,15 @@ class TestAblation:
             parse("full_model_ablation", values)
 
 
-def row(name, switches, last=(4.0,), ms=10.0, peak=40e6, spread=0.5):
+def row(name, switches, last=(4.0,), ms=10.0, peak=40e6, spread=0.5, timed=10):
     return full_model_ablation.Row(
-        name, switches, tuple(6.0 for _ in last), last, ms, ms - spread, ms + spread, 10, 1e5 / ms, int(peak), 10**6,
-        1000, 1e-2,
+        name, switches, tuple(6.0 for _ in last), last, ms, ms - spread, ms + spread, timed, 1e5 / ms, int(peak), 10**6,
+        1000, ("norms",), 1e-2,
     )  # fmt: skip
+
+
+def early(name, switches):
+    return row(name, switches, last=(math.nan,), ms=math.nan, peak=0, timed=0)
 
 
 class TestSentence:
@@ -277,6 +332,23 @@ class TestSentence:
     def test_a_row_that_diverged_is_named(self):
         said = describe_rows([row(NOTHING, ()), row("LoRA", ("lora",), last=(math.nan,))])
         assert "Losses cannot be compared. Diverged: LoRA." in said
+
+    def test_what_diverged_before_it_was_weighed_saves_nothing(self):
+        said = describe_rows([row(NOTHING, ()), early("LoRA", ("lora",)), row("MoE-LoRA", ("moe",), peak=30e6)])
+        assert "MoE-LoRA saves most memory" in said
+        assert said.endswith(" Diverged before a step was timed: LoRA.")
+
+    def test_nothing_is_held_against_a_row_that_diverged_at_once(self):
+        rows = [early(NOTHING, ()), row("LoRA", ("lora",)), row(EVERYTHING, ("lora", "moe"))]
+        said = describe_rows(rows)
+        assert said.startswith("Memory cannot be compared: too few rows")
+        assert "Times cannot be compared: too few rows" in said
+        assert "techniques on a step takes" not in said
+
+    def test_of_two_times_nothing_is_said(self):
+        said = describe_rows([row(NOTHING, ()), row("LoRA", ("lora",), last=(math.nan,), ms=90, timed=2)])
+        assert "Times cannot be compared" in said
+        assert "Diverged: LoRA." in said
 
     def test_without_rows_nothing_is_claimed(self):
         assert describe_rows([row(NOTHING, ())]) == "The first rows are not there yet."

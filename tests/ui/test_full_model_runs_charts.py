@@ -42,6 +42,24 @@ class TestAblation:
         assert "MB" in fig.layout.xaxis.title.text
         assert "tokens/s" in fig.layout.xaxis2.title.text
 
+    def test_a_row_without_a_step_has_no_bar_but_the_word(self):
+        nan = float("nan")
+        rows = [
+            ROWS[0],
+            charts.Row("early", 2_000_000, 0, nan, nan, nan),
+            charts.Row("late", 2_000_000, 90_000_000, nan, nan, nan),
+        ]
+        fig = charts.ablation(rows, 3)
+        weights, rest, speed = fig.data
+        assert list(weights.y) == list(rest.y) == ["nothing", "late"]
+        assert list(speed.y) == ["nothing"]
+        texts = {(note.xref, note.y): (note.x, note.text) for note in fig.layout.annotations}
+        assert texts["x", "early"] == texts["x2", "early"] == texts["x2", "late"] == (0, "diverged")
+        assert texts["x", "late"] == (90, "90")
+        assert fig.layout.xaxis2.range[1] > 11_000
+        assert len(fig.layout.yaxis.categoryarray) == 3
+        assert charts.ablation(rows[1:2], 3).layout.xaxis.range[1] > 0
+
     def test_rows_keep_their_place_while_others_come(self):
         some, all_there = charts.ablation(ROWS[:1], 3), charts.ablation(ROWS, 3)
         for fig in (some, all_there):
