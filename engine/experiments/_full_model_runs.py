@@ -100,6 +100,11 @@ class RunParams(SwitchParams):
         return [name for name in SWITCHES if getattr(self, name)]
 
 
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two spreads, each from its low to its high end, do: what they are of cannot be told apart then."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
 def read_text(params: RunParams) -> Corpus:
     """What is learned and what is tested, in the tokens of the model that learns it.
 

@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.experiments import full_model
 from engine.experiments._ending import Ending, see_through, stopped
 from engine.experiments._full_model import SWITCHES
-from engine.experiments._full_model_runs import RunParams
+from engine.experiments._full_model_runs import RunParams, overlap
 from engine.experiments._training_cost import weigh
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ class Row:
     def mean_loss(self) -> float:
         """After the last step, over the seeds."""
         return statistics.fmean(self.last_loss)
+
+    @property
+    def spread_ms(self) -> tuple[float, float]:
+        """From its low to its high end."""
+        return self.low_ms, self.high_ms
 
     @property
     def diverged(self) -> bool:
@@ -309,7 +314,7 @@ def describe_rows(rows: Sequence[Row], ended: Ending = "finished") -> str:
     if len(whole.switches) > 1 and min(whole.timed, plain.timed) >= _FEWEST:
         told = (
             f"its time cannot be told from that with nothing on, {plain.median_ms:.3g} ms"
-            if _overlap(whole, plain)
+            if overlap(whole.spread_ms, plain.spread_ms)
             else f"{whole.median_ms / plain.median_ms:.2g} times the time"
         )
         said.append(
@@ -320,11 +325,6 @@ def describe_rows(rows: Sequence[Row], ended: Ending = "finished") -> str:
     if ended != "finished":
         said.append("Not all rows are there.")
     return " ".join(said)
-
-
-def _overlap(one: Row, other: Row) -> bool:
-    """Whether the spreads of their times do."""
-    return one.low_ms <= other.high_ms and other.low_ms <= one.high_ms
 
 
 def _base(rows: Sequence[Row]) -> tuple[Row | None, list[Row]]:
@@ -351,7 +351,7 @@ def _time_sentence(rows: Sequence[Row]) -> str:
     if plain is None or not alone:
         return "Times cannot be compared: too few rows came as far as steps that are timed."
     slowest = max(alone, key=lambda row: row.median_ms)
-    if slowest.median_ms <= plain.median_ms or _overlap(slowest, plain):
+    if slowest.median_ms <= plain.median_ms or overlap(slowest.spread_ms, plain.spread_ms):
         return "Alone, none makes a step longer by more than single steps differ."
     return (
         f"Alone, {slowest.name} costs most time: {slowest.median_ms:.3g} ms a step ({slowest.low_ms:.3g} to "

@@ -398,3 +398,45 @@ class TestThroughput:
     def test_larger_batches_need_more_memory(self):
         small, large = (full_model_throughput.Params(batch_size=batch).memory_bytes() for batch in (1, 64))
         assert large > small > 0
+
+    def test_there_is_time_for_every_choice_of_a_kernel(self):
+        widest = full_model_throughput.Params(batch_size=64)
+        kinds = len(widest.batches) * len(widest.lengths)
+        assert widest.time_limit > 2 * 60 * kinds
+
+
+def point(phase, batch, length, ms, low, high):
+    tokens = batch * (length if phase == "prefill" else 1)
+    return full_model_throughput.Point(phase, batch, length, ms, low, high, 7, 1e3 * tokens / ms)
+
+
+class TestThroughputSentence:
+    def said(self, one, most, short=(10, 9, 11), read=(20, 19, 21)):
+        points = [
+            point("decode", 8, 32, *short),
+            point("decode", 1, 128, *one),
+            point("decode", 8, 128, *most),
+            point("prefill", 8, 128, *read),
+        ]
+        return full_model_throughput.describe_points(points)
+
+    def test_ratios_of_times_that_are_apart_are_told(self):
+        said = self.said((10, 9, 11), (15, 14, 16))
+        assert "one token more takes 10 ms (9 to 11) for one text and 15 ms (14 to 16) for 8 at once" in said
+        assert "1.5 times the wait, 5.3 times the tokens a second, 533." in said
+        assert "With 32 tokens in the cache it is 10 ms (9 to 11)." in said
+        assert "51,200 tokens/s at 8 × 128, 64.0 times as many as writing at its best." in said
+
+    def test_no_ratio_of_times_that_overlap_is_told(self):
+        said = self.said((45, 19, 75), (54, 19, 70), short=(30, 18, 50))
+        assert ": times that cannot be told apart, 6.7 times the tokens a second" in said
+        assert "Whether 32 or 128 tokens are in the cache cannot be told" in said
+        assert "the wait" not in said
+
+    def test_throughput_that_overlaps_is_not_told_either(self):
+        assert "6.0 times the wait, tokens a second that cannot be told apart." in self.said((10, 9, 11), (60, 50, 95))
+        assert "; neither these times nor the tokens a second" in self.said((45, 5, 90), (54, 19, 200))
+
+    def test_reading_that_is_as_fast_as_writing_is_not_called_faster(self):
+        said = self.said((10, 9, 11), (15, 14, 16), read=(1500, 1000, 3000))
+        assert "which cannot be told from writing at its best" in said
