@@ -1,7 +1,9 @@
 """The runs of the whole model in this process, on few steps: it learns, is taken apart switch by switch, is timed."""
 
+import itertools
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from engine import llama, pretrained
 from engine.errors import InputError
 from engine.experiments import (
     full_model_ablation,
+    full_model_step,
+    full_model_tests,
     full_model_throughput,
     full_model_training,
     parse,
@@ -19,6 +23,7 @@ from engine.experiments._full_model import SWITCHES
 from engine.experiments._full_model_runs import LEARNING_RATES
 from engine.experiments._on_workers.full_model_throughput import continuing, reading
 from engine.experiments._on_workers.full_model_training import SAMPLE_TOKENS, Ground, persevere
+from engine.experiments._training_cost import weigh as weigh_step
 from engine.experiments.full_model_ablation import EVERYTHING, NOTHING, describe_rows, states
 from engine.measure import is_held
 from engine.model import evaluating
@@ -78,6 +83,17 @@ class TestTraining:
     def test_memory_of_a_step_holds_the_model_and_stays_below_what_is_predicted(self, trained):
         params = full_model_training.Params(**TINY)
         assert trained.model_bytes < trained.step_bytes <= params.memory_bytes()
+
+    def test_the_step_that_is_weighed_finds_the_optimizers_means(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(
+            full_model_training, "weigh", lambda trainer: taken.append(trainer.step) or weigh_step(trainer)
+        )
+        params = full_model_training.Params(**TINY, **OFF, steps=3, text=TEXT)
+        found = full_model_training.run(params, LocalJob())
+        assert taken == [1]  # steps before it
+        assert found.step.tolist() == [1, 2, 3]
+        assert found.step_bytes > 0
 
     def test_without_mixtures_there_is_no_load(self):
         found = full_model_training.run(full_model_training.Params(**TINY, **OFF, steps=1, text=TEXT), LocalJob())
@@ -440,3 +456,60 @@ class TestThroughputSentence:
     def test_reading_that_is_as_fast_as_writing_is_not_called_faster(self):
         said = self.said((10, 9, 11), (15, 14, 16), read=(1500, 1000, 3000))
         assert "which cannot be told from writing at its best" in said
+
+
+EVERY = [dict(zip(SWITCHES, states, strict=True)) for states in itertools.product((False, True), repeat=4)]
+
+
+def named(switches):
+    return "+".join(name for name, on in switches.items() if on) or "nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("no_kernel_is_chosen")
+class TestOnAGPU:
+    SMALL: ClassVar = {
+        "d_model": 64, "num_layers": 2, "num_heads": 4, "rank": 4, "experts": 3, "batch_size": 4, "length": 64,
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("switches", EVERY, ids=named)
+    def test_a_step_takes_the_memory_that_is_predicted(self, switches):
+        step = full_model_step.run(full_model_step.Params(**self.SMALL, **switches), LocalJob("cuda"))
+        assert math.isfinite(step.loss)
+        assert 0 < step.evidence.low_ms <= step.evidence.median_ms <= step.evidence.high_ms < math.inf
+        assert abs(step.predicted_bytes - step.peak_bytes) / step.peak_bytes < 0.1
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, OFF, {"experts": 16, "top_k": 1}, {"begin": "storyteller", "experts": 16, "top_k": 1}],
+        ids=str,
+    )
+    def test_all_properties_hold(self, changes):
+        checks = full_model_tests.run(full_model_tests.Params(**self.SMALL | changes), LocalJob("cuda")).checks
+        assert [(check.name, check.measured, check.bound) for check in checks if not check.passed] == []
+
+    def test_an_ablation_has_all_its_rows(self):
+        params = full_model_ablation.Params(**self.SMALL, steps=5, text=TEXT)
+        found = full_model_ablation.run(params, LocalJob("cuda"))
+        assert (found.ended, len(found.rows)) == ("finished", 10)
+        for row in found.rows:
+            assert not row.diverged
+            assert row.timed == 3
+            assert 0 < row.low_ms <= row.median_ms <= row.high_ms < math.inf
+            assert row.peak_bytes > row.model_bytes > 0
+
+    def test_a_training_learns(self):
+        params = full_model_training.Params(**self.SMALL, steps=24, text=TEXT, prompt="The cat")
+        found = full_model_training.run(params, LocalJob("cuda"))
+        assert found.ended == "finished"
+        assert np.isfinite(found.loss).all()
+        assert found.held_out_loss[-1] < 0.9 * found.held_out_loss[0]
+        assert found.step_bytes > found.model_bytes
+        np.testing.assert_allclose(found.load.mean(-1), 1)
+
+    def test_throughput_has_all_its_points(self):
+        params = full_model_throughput.Params(**self.SMALL | {"batch_size": 1}, runs=3)
+        found = full_model_throughput.run(params, LocalJob("cuda"))
+        assert (found.ended, len(found.points)) == ("finished", 6)
+        assert all(0 < point.low_ms <= point.median_ms <= point.high_ms < math.inf for point in found.points)
