@@ -20,13 +20,14 @@ from engine.experiments import (
     parse,
 )
 from engine.experiments._full_model import SWITCHES
-from engine.experiments._full_model_runs import LEARNING_RATES
+from engine.experiments._full_model_runs import LEARNING_RATES, PROMPTS
 from engine.experiments._on_workers.full_model_throughput import continuing, reading
 from engine.experiments._on_workers.full_model_training import SAMPLE_TOKENS, Ground, persevere
 from engine.experiments._training_cost import weigh as weigh_step
 from engine.experiments.full_model_ablation import EVERYTHING, NOTHING, describe_rows, states
 from engine.measure import is_held
 from engine.model import evaluating
+from engine.pretraining.run import PROMPT
 from engine.runtime.jobs import LocalJob
 from engine.runtime.results import weigh
 from engine.trainer import DivergedError, Trainer
@@ -125,7 +126,8 @@ class TestTraining:
     ("values", "said"),
     [
         ({"steps": 0}, "steps"),
-        ({"prompt": "x" * 301}, "prompt"),
+        ({"prompt": "x" * 301}, r"^Prompt has 301 characters: give 300 at most\.$"),
+        ({"text": "x" * 20_001}, r"^Your text has 20,001 characters: give 20,000 at most\.$"),
         ({"text": "too short"}, "Your text has 9 characters"),
         ({"num_heads": 3}, "Heads is 3"),
     ],
@@ -133,6 +135,16 @@ class TestTraining:
 def test_what_makes_no_sense_is_one_sentence(values, said):
     with pytest.raises(InputError, match=said):
         parse("full_model_training", values)
+
+
+def test_what_ends_a_text_for_many_a_program_is_left_out():
+    params = full_model_training.Params(prompt=" The\0 cat\0 ", text=f"\0{TEXT}")
+    assert (params.prompt, params.text) == ("The cat", TEXT.strip())
+
+
+def test_the_page_names_the_prompt_that_is_taken(ground):
+    assert ground.corpus.prompt == PROMPTS["storyteller"]
+    assert PROMPTS["fresh"] == PROMPT
 
 
 def test_a_text_whose_last_tenth_fills_no_sample_is_refused_with_its_tokens():
@@ -155,6 +167,9 @@ def test_a_router_that_is_given_no_numbers_is_a_divergence():
     with pytest.raises(DivergedError, match=r"at step 4 of 5\. The router") as error:
         persevere(trainer, go)
     assert error.value.step == 4
+    trainer.step = 5  # all were taken, and then it is examined
+    with pytest.raises(DivergedError, match=r"at step 5 of 5\."):
+        persevere(trainer, go)
 
 
 def test_what_no_machine_of_a_class_has_room_for_is_known_before_it_is_built():

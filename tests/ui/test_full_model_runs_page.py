@@ -61,12 +61,17 @@ class TestTraining:
         assert "had other settings" in words(app)
         press(app, "_full_model_training_train")
         assert "Which experts the tokens go to" not in words(app)
+        assert app.text_input(key="full_model_training_prompt").placeholder == "One day, Lily and Tom went to the"
+        app.text_input(key="full_model_training_prompt").set_value("x" * 301)
+        finished(app)
+        assert "Prompt has 301 characters" in words(app) + "".join(error.value for error in app.error)
+        assert "press “Train again”" not in words(app)  # which cannot be pressed
 
     @pytest.mark.parametrize(
         ("query", "said"),
         [
             ({"training_text": "no text"}, "Your text has 7 characters"),
-            ({"training_prompt": "x" * 301}, "at most 300 characters"),
+            ({"training_prompt": "x" * 301}, "Prompt has 301 characters: give 300 at most."),
         ],
     )
     def test_what_cannot_be_learned_is_one_sentence_and_the_button_waits(self, lab, query, said):
@@ -128,9 +133,13 @@ class TestSentences:
         grown = training.loss_sentence(trained(held_out_loss=np.array([6.0, 3.0, 3.5])))
         assert "lower after step 2, 3.00" in grown
 
+    def test_time_that_no_step_took_is_named(self):
+        said = training.seconds_sentence(trained(seconds=86.4, tokens_per_second=np.full(4, 4.0)))
+        assert said == "It took 86.4 s, 64 of them in steps, the rest for samples and held-out losses."
+
     def test_uneven_load_is_named_with_its_mixture(self):
         said = training.balance_sentence(trained())
-        assert "most is 80%, in layers.0.mlp.up_proj" in said
+        assert "most is 80%, in layer 0, up." in said
         assert "45% more than its fair share" in said
         assert "That is uneven" in said
         assert "That is uneven" not in training.balance_sentence(trained(load=np.full((3, 2, 2), 1.0)))
@@ -144,7 +153,7 @@ class TestSentences:
         table = training.loads_table(found)
         assert len(table) == found.load.size
         np.testing.assert_array_equal(table["load over fair share"], found.load.ravel())
-        assert training.short("layers.11.mlp.down_proj") == "11 down"
+        assert training.short("layers.11.mlp.down_proj") == "layer 11, down"
 
     def test_a_row_says_its_losses_and_its_spread(self):
         row = full_model_ablation.Row(

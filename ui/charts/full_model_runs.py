@@ -290,8 +290,10 @@ def loads(load: np.ndarray, mixtures: Sequence[str], *, mode: theme.Mode = "ligh
                     showarrow=False,
                     font=_TEXT | {"color": "#FFFFFF" if dark else "#10191F" if mode == "light" else surface.paper},
                 )
-    fig.update_xaxes(title="expert", type="category", showgrid=False, zeroline=False, fixedrange=True)
+    fig.update_xaxes(
+        title={"text": "expert", "standoff": 10}, type="category", showgrid=False, zeroline=False, fixedrange=True
+    )
     fig.update_yaxes(
         type="category", autorange="reversed", showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=4
     )
-    return fig.update_layout(margin={"l": 78, "r": 10, "t": 70, "b": 46}, dragmode=False)
+    return fig.update_layout(margin={"l": 104, "r": 10, "t": 70, "b": 56}, dragmode=False)
