@@ -213,7 +213,8 @@ def describe_points(points: Sequence[Point]) -> str:
         if overlap(other.spread_ms, most.spread_ms):
             said.append(f"Whether {shortest} or {longest} tokens are in the cache cannot be told from these times.")
         else:
-            said.append(f"With {shortest} tokens in the cache it is {_time(other)}.")
+            doubt = ", though less is read: other work held up one of them" if other.median_ms > most.median_ms else ""
+            said.append(f"With {shortest} tokens in the cache it is {_time(other)}{doubt}.")
     read, written = (
         max((point for point in points if point.phase == phase), key=lambda point: point.tokens_per_second)
         for phase in PHASES

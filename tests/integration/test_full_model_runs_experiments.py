@@ -458,6 +458,11 @@ class TestThroughputSentence:
         assert "With 32 tokens in the cache it is 10 ms (9 to 11)." in said
         assert "51,200 tokens/s at 8 × 128, 64.0 times as many as writing at its best." in said
 
+    def test_a_shorter_cache_that_takes_longer_is_no_finding(self):
+        said = self.said((10, 9, 11), (15, 14, 16), short=(40, 30, 50))
+        assert "it is 40 ms (30 to 50), though less is read: other work held up one of them." in said
+        assert "though" not in self.said((10, 9, 11), (15, 14, 16))
+
     def test_no_ratio_of_times_that_overlap_is_told(self):
         said = self.said((45, 19, 75), (54, 19, 70), short=(30, 18, 50))
         assert ": times that cannot be told apart, 6.7 times the tokens a second" in said

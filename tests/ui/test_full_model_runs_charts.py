@@ -126,9 +126,9 @@ class TestLoads:
         np.testing.assert_array_equal(heat.z, load)
         assert (heat.zmid, heat.zmin + heat.zmax) == (1, 2)
         assert heat.zmax == pytest.approx(1.3)
-        assert [note.text for note in fig.layout.annotations] == ["1.30", "0.70", "1.00", "1.00"]
+        assert [note.text for note in fig.layout.annotations] == ["1.30", "0.70", "1.00", "1.00", "expert"]
 
     def test_many_cells_are_not_written_on(self, mode):
         fig = charts.loads(np.ones((36, 16)), [str(row) for row in range(36)], mode=mode)
-        assert not fig.layout.annotations
+        assert [note.text for note in fig.layout.annotations] == ["expert"]
         assert fig.data[0].zmax > 1

@@ -290,9 +290,10 @@ def loads(load: np.ndarray, mixtures: Sequence[str], *, mode: theme.Mode = "ligh
                     showarrow=False,
                     font=_TEXT | {"color": "#FFFFFF" if dark else "#10191F" if mode == "light" else surface.paper},
                 )
-    fig.update_xaxes(
-        title={"text": "expert", "standoff": 10}, type="category", showgrid=False, zeroline=False, fixedrange=True
+    fig.add_annotation(  # Plotly puts an axis' own title onto its ticks here
+        x=0.5, xref="paper", y=0, yref="paper", yanchor="top", yshift=-26, text="expert", showarrow=False
     )
+    fig.update_xaxes(type="category", showgrid=False, zeroline=False, fixedrange=True)
     fig.update_yaxes(
         type="category", autorange="reversed", showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=4
     )

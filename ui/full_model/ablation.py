@@ -92,9 +92,17 @@ def numbers(found: full_model_ablation.Result) -> pd.DataFrame:
             "Model": [amount(row.model_bytes) for row in rows],
             "Learning": [count(row.learning) for row in rows],
             "Rate": [f"{row.learning_rate:g}" for row in rows],
-            "What learns": [_on_one_line(", ".join(row.learns)) for row in rows],
         }
     )
+
+
+def learning_sentence(found: full_model_ablation.Result) -> str:
+    """What learns in which rows."""
+    rows: dict[str, list[str]] = {}
+    for row in found.rows:
+        rows.setdefault(", ".join(row.learns), []).append(row.name)
+    told = "; ".join(f"{parts} in the rows {', '.join(names)}" for parts, names in rows.items())
+    return f"What learns differs from row to row, and with it what a loss can come to: {told}."
 
 
 def _losses(row: full_model_ablation.Row) -> str:
@@ -159,10 +167,10 @@ def _draw(found: full_model_ablation.Result, params: full_model_ablation.Params)
     )
     st.table(numbers(found), border="horizontal", hide_index=True)
     st.caption(
-        "Losses in nats a token of text that is never learned. What learns differs from row to row (last column), and "
-        "with it what a loss can come to: in 4 bits alone no matrix of the layers learns. Milliseconds: median, and "
-        "10th to 90th percentile of the steps that were timed, of fewer than ten the fastest to the slowest. Unless a "
-        "rate is set, each row has the one that suits what learns in it."
+        "Losses in nats a token of text that is never learned. Milliseconds: median, and 10th to 90th percentile of "
+        "the steps that were timed, of fewer than ten the fastest to the slowest. Each row has the learning rate that "
+        "suits what learns in it."
     )
+    st.caption(plain(learning_sentence(found)))
     if found.ended != "running":
         provenance(found)
