@@ -48,6 +48,7 @@ class Look:
         widget: ``"area"`` for text of several lines, ``"line"`` for one, ``"select"`` for a list instead of buttons,
             ``"number"`` for a number to be typed instead of a slider.
         value: the default instead of the model's.
+        placeholder: what an empty line of text shows.
     """
 
     label: str | None = None
@@ -59,6 +60,7 @@ class Look:
     name: Callable[[Any], str] = str
     widget: Literal["area", "line", "select", "number"] | None = None
     value: Any = None
+    placeholder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class _Field:
     options: list[Any] | None
     name: Callable[[Any], str]
     widget: str | None
+    placeholder: str | None
 
     def allowed(self) -> str:
         """What may be given, in words."""
@@ -177,6 +180,7 @@ def _field(info: FieldInfo, key: str, field: str, look: Look) -> _Field:
         options=list(look.options) if look.options is not None else literals,
         name=look.name,
         widget=look.widget or extra.get("widget") or ("number" if field == _SEED else None),
+        placeholder=look.placeholder,
     )
 
 
@@ -252,7 +256,7 @@ def _draw(spec: _Field) -> Any:
     if spec.kind is str:
         if spec.widget == "area":
             return st.text_area(value=value, height=110, **common)
-        return st.text_input(value=value, **common)
+        return st.text_input(value=value, placeholder=spec.placeholder, **common)
     return _draw_number(spec, value, common)
 
 

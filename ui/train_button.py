@@ -43,7 +43,7 @@ def train_button(
         on_click=start,
         args=(params,),
     )
-    if started is not None and started != params:
+    if started is not None and params is not None and started != params:
         st.caption(
             "The training goes on with the settings that it began with; these are for the next one."
             if running

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
+from engine.errors import InputError
 from engine.experiments import _training_text, full_model
 from engine.experiments._full_model import SWITCHES, VOCAB_SIZE, Beginning, SwitchParams
 from engine.experiments._lora import read_facts
@@ -40,8 +41,14 @@ frozen (5.09 at 3e-3): attention learns whole beside random matrices that do not
 
 _MARGIN = 1.2
 
-_QUESTION = "What color is Pip's door?"
-"""About the town: where the storyteller's samples begin if nothing else is asked for."""
+MAX_TEXT = 20_000
+"""Characters of a text to learn from."""
+
+PROMPTS: dict[Beginning, str] = {
+    "fresh": "One day, Lily and Tom went to the",
+    "storyteller": "What color is Pip's door?",
+}
+"""Where samples of the text that is shipped begin if nothing else is asked for."""
 
 
 class RunParams(SwitchParams):
@@ -58,7 +65,6 @@ class RunParams(SwitchParams):
     steps: int = Field(400, ge=1, le=2000, title="Steps", description="Updates of what learns.")
     text: str = Field(
         "",
-        max_length=20_000,
         title="Your text",
         description="What to learn from. Empty takes stories for a fresh model, and sixty facts of an invented town "
         "for the storyteller, which knows the stories.",
@@ -67,8 +73,8 @@ class RunParams(SwitchParams):
 
     @field_validator("text")
     @classmethod
-    def _strip(cls, text: str) -> str:
-        return text.strip()  # a last tenth of blanks would be nothing to be tested on
+    def _clean_text(cls, text: str) -> str:
+        return cleaned(text, "Your text", MAX_TEXT)  # a last tenth of blanks would be nothing to be tested on
 
     @model_validator(mode="after")
     def _check_text(self) -> RunParams:
@@ -100,6 +106,23 @@ class RunParams(SwitchParams):
         return [name for name in SWITCHES if getattr(self, name)]
 
 
+def cleaned(text: str, title: str, longest: int) -> str:
+    """What was typed, without blanks around it and without what ends a text for many a program.
+
+    Raises:
+        InputError: it is too long.
+    """
+    text = text.replace("\0", "").strip()
+    if len(text) > longest:
+        raise InputError(f"{title} has {len(text):,} characters: give {longest:,} at most.")
+    return text
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two spreads, each from its low to its high end, do: what they are of cannot be told apart then."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
 def read_text(params: RunParams) -> Corpus:
     """What is learned and what is tested, in the tokens of the model that learns it.
 
@@ -118,4 +141,4 @@ def read_text(params: RunParams) -> Corpus:
     tested = [f"{question} {fact.answer}." for fact in facts for question in fact.paraphrases]
     for part in (learned, tested):
         random.Random(0).shuffle(part)  # so that no answer stands just before a question like its own
-    return _training_text.encode(learned, tested, tokenizer, params.length, _QUESTION)
+    return _training_text.encode(learned, tested, tokenizer, params.length, PROMPTS["storyteller"])

@@ -5,6 +5,7 @@ Legend: B batch, T tokens of a text.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from engine.errors import InputError
+from engine.experiments import full_model
 from engine.experiments._ending import Ending, see_through, stopped
 from engine.experiments._full_model import SWITCHES
-from engine.experiments._full_model_runs import RunParams
+from engine.experiments._full_model_runs import RunParams, overlap
 from engine.experiments._training_cost import weigh
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 _UNTIMED = 2
 """First steps of a run: the first warms up, the second is weighed, which slows it down."""
+_FEWEST = 3
+"""Times from which on something is said of how they differ."""
+_DECILES = 10
+"""Of fewer times no tenth is cut off."""
 
 NOTHING, EVERYTHING = "nothing", "everything"
 
@@ -38,7 +44,11 @@ class Params(RunParams):
     returns_partial: ClassVar[bool] = True
 
     steps: int = Field(
-        40, ge=_UNTIMED + 3, le=500, title="Steps", description="Updates in each run; all but the first two are timed."
+        40,
+        ge=_UNTIMED + _FEWEST,
+        le=500,
+        title="Steps",
+        description="Updates in each run; all but the first two are timed.",
     )
     seeds: int = Field(
         1,
@@ -88,12 +98,14 @@ class Row:
         switches: that are on, in the order of `SWITCHES`.
         first_loss, last_loss: of text that is never learned, before the first and after the last step, nats a token;
             one for each seed, NaN where it diverged.
-        median_ms, low_ms, high_ms: of a step, its 10th and its 90th percentile, over all seeds.
-        timed: steps that were timed.
+        median_ms, low_ms, high_ms: of a step, its 10th and its 90th percentile, over all seeds; of fewer than ten steps
+            the fastest and the slowest. NaN if none was timed.
+        timed: steps that were timed; 0 if it diverged before.
         tokens_per_second: by the median.
-        peak_bytes: of a step, weights and AdamW's means included.
+        peak_bytes: of a step, weights and AdamW's means included; 0 if it diverged before a step was weighed.
         model_bytes: of the weights as they are stored.
         learning: numbers that learn.
+        learns: the parts that they are in.
         learning_rate: the highest.
     """
 
@@ -109,12 +121,23 @@ class Row:
     peak_bytes: int
     model_bytes: int
     learning: int
+    learns: tuple[str, ...]
     learning_rate: float
 
     @property
     def mean_loss(self) -> float:
         """After the last step, over the seeds."""
         return statistics.fmean(self.last_loss)
+
+    @property
+    def spread_ms(self) -> tuple[float, float]:
+        """From its low to its high end."""
+        return self.low_ms, self.high_ms
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed did."""
+        return not all(map(math.isfinite, self.last_loss))
 
 
 @dataclass(frozen=True)
@@ -206,7 +229,7 @@ def _run_once(
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model_bytes = round(1e6 * get_model_memory_mb(model))
     step_ms: list[float] = []
-    pause, peak_bytes = 1, 0
+    pause, peak_bytes, last_loss = 1, 0, math.nan
     trainer = ground.trainer(
         model,
         seed,
@@ -217,7 +240,7 @@ def _run_once(
     first_loss = ground.loss(model)
 
     def train() -> None:
-        nonlocal pause, peak_bytes
+        nonlocal pause, peak_bytes, last_loss
         persevere(trainer, lambda: trainer.train_steps(params.steps))
         while trainer.step < params.steps and not job.cancelled:
             pause = trainer.step + 1
@@ -227,32 +250,42 @@ def _run_once(
                 with exclusive(job.device):
                     persevere(trainer, trainer.resume)
             job.report(place * params.steps + trainer.step, places * params.steps, run=place + 1)
+        if trainer.step == params.steps:
+            last_loss = persevere(trainer, lambda: ground.loss(model))
 
     ended, _ = see_through(train, trainer, params, job)
     if ended not in ("finished", "diverged"):
         return None
-    last_loss = ground.loss(model) if ended == "finished" else float("nan")
     return _Run(first_loss, last_loss, step_ms[_UNTIMED:], peak_bytes, model_bytes, learning)
 
 
 def _row(name: str, switches: frozenset[str], runs: list[_Run], params: Params, tokens: int) -> Row:
-    times = [ms for one in runs for ms in one.step_ms] or [float("nan")]
-    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
-    median = statistics.median(times)
+    times = sorted(ms for one in runs for ms in one.step_ms)
+    spread = statistics.quantiles(times, n=10, method="inclusive") if len(times) >= _DECILES else times or [math.nan]
+    median = statistics.median(times or [math.nan])
     return Row(
         name=name,
         switches=tuple(switch for switch in SWITCHES if switch in switches),
         first_loss=tuple(one.first_loss for one in runs),
         last_loss=tuple(one.last_loss for one in runs),
         median_ms=median,
-        low_ms=deciles[0],
-        high_ms=deciles[-1],
-        timed=sum(len(one.step_ms) for one in runs),
+        low_ms=spread[0],
+        high_ms=spread[-1],
+        timed=len(times),
         tokens_per_second=1e3 * tokens / median,
         peak_bytes=max(one.peak_bytes for one in runs),
         model_bytes=runs[0].model_bytes,
         learning=runs[0].learning,
+        learns=_learning_parts(params, switches),
         learning_rate=params.rate(**states(switches)),
+    )
+
+
+def _learning_parts(params: Params, switches: frozenset[str]) -> tuple[str, ...]:
+    """Parts of the model in which numbers learn."""
+    counts = full_model.predict(params, on_cuda=False, **states(switches)).parameters
+    return tuple(
+        part if count.learning == count.total else f"some {part}" for part, count in counts.items() if count.learning
     )
 
 
@@ -261,7 +294,7 @@ def _evidence(params: Params, batch: int) -> tuple[str, ...]:
     lines = [
         f"each row: {params.steps} steps of {batch} × {params.length} tokens, {seeds}; all rows read the same batches",
         "time: every step but the first, which warms up, and the second, which is weighed; each while nothing else is "
-        "measured on the device; median, 10th and 90th percentile",
+        "measured on the device; median, 10th and 90th percentile, of fewer than ten steps the fastest and the slowest",
         "memory: weights as they are stored and AdamW's means of what learns, and on top of them what the second step "
         "allocates at its peak",
     ]
@@ -273,17 +306,15 @@ def _evidence(params: Params, batch: int) -> tuple[str, ...]:
 def describe_rows(rows: Sequence[Row], ended: Ending = "finished") -> str:
     """Which technique saves most memory and which costs most time, alone, what all do together, and whether they
     differ in loss beyond what seeds differ in."""
-    by_switches = {frozenset(row.switches): row for row in rows}
-    plain = by_switches.get(frozenset())
-    alone = [row for row in rows if len(row.switches) == 1]
+    plain, alone = _base(rows)
     if plain is None or not alone:
         return "The first rows are not there yet."
-    said = [_memory_sentence(plain, alone), _time_sentence(plain, alone)]
+    said = [_memory_sentence(rows), _time_sentence(rows)]
     whole = max(rows, key=lambda row: len(row.switches))
-    if len(whole.switches) > 1:
+    if len(whole.switches) > 1 and min(whole.timed, plain.timed) >= _FEWEST:
         told = (
             f"its time cannot be told from that with nothing on, {plain.median_ms:.3g} ms"
-            if _overlap(whole, plain)
+            if overlap(whole.spread_ms, plain.spread_ms)
             else f"{whole.median_ms / plain.median_ms:.2g} times the time"
         )
         said.append(
@@ -296,12 +327,16 @@ def describe_rows(rows: Sequence[Row], ended: Ending = "finished") -> str:
     return " ".join(said)
 
 
-def _overlap(one: Row, other: Row) -> bool:
-    """Whether the spreads of their times do."""
-    return one.low_ms <= other.high_ms and other.low_ms <= one.high_ms
+def _base(rows: Sequence[Row]) -> tuple[Row | None, list[Row]]:
+    """Of `rows` the one with nothing on, and those of one technique alone."""
+    plain = next((row for row in rows if not row.switches), None)
+    return plain, [row for row in rows if len(row.switches) == 1]
 
 
-def _memory_sentence(plain: Row, alone: Sequence[Row]) -> str:
+def _memory_sentence(rows: Sequence[Row]) -> str:
+    plain, alone = _base([row for row in rows if row.peak_bytes])
+    if plain is None or not alone:
+        return "Memory cannot be compared: too few rows came as far as the step that is weighed."
     best = min(alone, key=lambda row: row.peak_bytes)
     if best.peak_bytes >= plain.peak_bytes:
         return f"Alone, none makes a step take less memory than nothing on, {plain.peak_bytes / 1e6:.1f} MB."
@@ -311,9 +346,12 @@ def _memory_sentence(plain: Row, alone: Sequence[Row]) -> str:
     )
 
 
-def _time_sentence(plain: Row, alone: Sequence[Row]) -> str:
+def _time_sentence(rows: Sequence[Row]) -> str:
+    plain, alone = _base([row for row in rows if row.timed >= _FEWEST])
+    if plain is None or not alone:
+        return "Times cannot be compared: too few rows came as far as steps that are timed."
     slowest = max(alone, key=lambda row: row.median_ms)
-    if slowest.median_ms <= plain.median_ms or _overlap(slowest, plain):
+    if slowest.median_ms <= plain.median_ms or overlap(slowest.spread_ms, plain.spread_ms):
         return "Alone, none makes a step longer by more than single steps differ."
     return (
         f"Alone, {slowest.name} costs most time: {slowest.median_ms:.3g} ms a step ({slowest.low_ms:.3g} to "
@@ -322,9 +360,12 @@ def _time_sentence(plain: Row, alone: Sequence[Row]) -> str:
 
 
 def _loss_sentence(rows: Sequence[Row]) -> str:
-    lost = [row.name for row in rows if row.mean_loss != row.mean_loss]
-    done = [row for row in rows if row.mean_loss == row.mean_loss]
-    told = f" Diverged: {', '.join(lost)}." if lost else ""
+    early = [row.name for row in rows if not row.timed]
+    later = [row.name for row in rows if row.diverged and row.timed]
+    done = [row for row in rows if not row.diverged]
+    told = f" Diverged: {', '.join(later)}." if later else ""
+    if early:
+        told += f" Diverged before a step was timed: {', '.join(early)}."
     if len(done) < 2:
         return f"Losses cannot be compared.{told}"
     best, worst = (pick(done, key=lambda row: row.mean_loss) for pick in (min, max))

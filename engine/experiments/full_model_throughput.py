@@ -13,6 +13,7 @@ from pydantic import Field
 
 from engine.experiments._ending import Ending, stopped
 from engine.experiments._full_model import SwitchParams
+from engine.experiments._full_model_runs import overlap
 
 if TYPE_CHECKING:
     from engine.measure import Evidence
@@ -27,8 +28,8 @@ class Params(SwitchParams):
     """A model, the largest batch and the longest text."""
 
     lane: ClassVar = "long"
-    time_limit: ClassVar[float] = 900.0
-    stop_grace: ClassVar[float] = 60.0
+    time_limit: ClassVar[float] = 3600.0  # on a GPU FlashAttention may take a minute to choose, for each prompt's size
+    stop_grace: ClassVar[float] = 120.0
     cacheable: ClassVar[bool] = False
     returns_partial: ClassVar[bool] = True
 
@@ -82,6 +83,17 @@ class Point:
     high_ms: float
     runs: int
     tokens_per_second: float
+
+    @property
+    def spread_ms(self) -> tuple[float, float]:
+        """From its low to its high end."""
+        return self.low_ms, self.high_ms
+
+    @property
+    def spread_of_speed(self) -> tuple[float, float]:
+        """The same in tokens a second."""
+        tokens = self.tokens_per_second * self.median_ms
+        return tokens / self.high_ms, tokens / self.low_ms
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,8 @@ def _measure(model: Decoder, phase: Phase, batch: int, length: int, params: Para
 def _evidence(params: Params, points: Sequence[Point]) -> tuple[str, ...]:
     runs = f"{min(point.runs for point in points)} runs or more a point" if points else "no point yet"
     lines = [
-        f"{runs}, each point alone on the device: median, 10th and 90th percentile; float32, random tokens",
+        f"{runs}, each point alone on the device, one after the other: median, 10th and 90th percentile, interpolated "
+        "where runs are few; float32, random tokens",
         "prefill: prompts of T tokens are read at once into a fresh cache of keys and values; decode: the T-th token "
         "of every text is read with the others in the cache",
     ]
@@ -191,31 +204,49 @@ def describe_points(points: Sequence[Point]) -> str:
     longest = max(point.length for point in decode)
     row = sorted((point for point in decode if point.length == longest), key=lambda point: point.batch)
     one, most = row[0], row[-1]
-    said = [
-        f"With {longest} tokens a text, one token more takes {one.median_ms:.3g} ms for {_texts(one.batch)}"
-        + (
-            f" and {most.median_ms:.3g} ms for {most.batch} at once: {most.median_ms / one.median_ms:.1f} times the "
-            f"wait, {most.tokens_per_second / one.tokens_per_second:.1f} times the tokens a second, "
-            f"{most.tokens_per_second:,.0f}."
-            if most is not one
-            else "."
-        )
-    ]
+    said = [f"With {longest} tokens a text, one token more takes {_time(one)} for {_texts(one.batch)}."]
+    if most is not one:
+        said[0] = f"{said[0][:-1]} and {_time(most)} for {most.batch} at once{_gain(one, most)}"
     shortest = min(point.length for point in decode)
     other = next((point for point in decode if (point.length, point.batch) == (shortest, most.batch)), None)
     if other is not None and shortest < longest:
-        if other.low_ms <= most.high_ms and most.low_ms <= other.high_ms:
+        if overlap(other.spread_ms, most.spread_ms):
             said.append(f"Whether {shortest} or {longest} tokens are in the cache cannot be told from these times.")
         else:
-            said.append(f"With {shortest} tokens in the cache it is {other.median_ms:.3g} ms.")
-    prefill = [point for point in points if point.phase == "prefill"]
-    best = max(prefill, key=lambda point: point.tokens_per_second)
+            doubt = ", though less is read: other work held up one of them" if other.median_ms > most.median_ms else ""
+            said.append(f"With {shortest} tokens in the cache it is {_time(other)}{doubt}.")
+    read, written = (
+        max((point for point in points if point.phase == phase), key=lambda point: point.tokens_per_second)
+        for phase in PHASES
+    )
     said.append(
-        f"Reading prompts reaches {best.tokens_per_second:,.0f} tokens/s at {best.batch} × {best.length}, "
-        f"{best.tokens_per_second / max(point.tokens_per_second for point in decode):.1f} times as many as writing at "
-        "its best: a prompt's tokens go through each matrix together."
+        f"Reading prompts reaches {read.tokens_per_second:,.0f} tokens/s at {read.batch} × {read.length}, "
+        + (
+            "which cannot be told from writing at its best."
+            if overlap(read.spread_of_speed, written.spread_of_speed)
+            else f"{read.tokens_per_second / written.tokens_per_second:.1f} times as many as writing at its best."
+        )
     )
     return " ".join(said)
+
+
+def _time(point: Point) -> str:
+    return f"{point.median_ms:.3g} ms ({point.low_ms:.3g} to {point.high_ms:.3g})"
+
+
+def _gain(one: Point, most: Point) -> str:
+    """The end of a sentence: what more texts at once do to the wait and to the throughput, if it can be told."""
+    wait, speed = most.median_ms / one.median_ms, most.tokens_per_second / one.tokens_per_second
+    waits, speeds = overlap(one.spread_ms, most.spread_ms), overlap(one.spread_of_speed, most.spread_of_speed)
+    if waits and speeds:
+        return "; neither these times nor the tokens a second can be told apart."
+    told = [
+        "times that cannot be told apart" if waits else f"{wait:.1f} times the wait",
+        "tokens a second that cannot be told apart"
+        if speeds
+        else f"{speed:.1f} times the tokens a second, {most.tokens_per_second:,.0f}",
+    ]
+    return f": {', '.join(told)}."
 
 
 def _texts(count: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from engine.experiments._ending import Ending, see_through
-from engine.experiments._full_model_runs import RunParams
+from engine.experiments._full_model_runs import RunParams, cleaned
 from engine.experiments._training_cost import weigh
 from engine.experiments._training_diary import Sample
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CHECKUPS = 12
 _SAMPLES = 6
 MAX_PROMPT = 300
+"""Characters."""
 
 
 class Params(RunParams):
@@ -38,15 +39,14 @@ class Params(RunParams):
 
     prompt: str = Field(
         "",
-        max_length=MAX_PROMPT,
         title="Prompt",
         description="Where its samples begin; empty takes one that suits the text.",
     )
 
     @field_validator("prompt")
     @classmethod
-    def _strip_prompt(cls, prompt: str) -> str:
-        return prompt.strip()
+    def _clean_prompt(cls, prompt: str) -> str:
+        return cleaned(prompt, "Prompt", MAX_PROMPT)
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,10 @@ def run(params: Params, job: Job) -> Result:
     listen()
     show()
 
+    def conclude() -> None:
+        examine()
+        listen()
+
     def train() -> None:
         nonlocal pause, memory_bytes
         persevere(trainer, lambda: trainer.train_steps(params.steps))
@@ -208,9 +212,7 @@ def run(params: Params, job: Job) -> Result:
         memory_bytes = persevere(trainer, lambda: weigh(trainer))
         pause = params.steps
         persevere(trainer, trainer.resume)
+        persevere(trainer, conclude)
 
     ended, ending = see_through(train, trainer, params, job)
-    if ended != "diverged":
-        examine()
-        listen()
     return result(ended, ending)

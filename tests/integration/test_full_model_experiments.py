@@ -4,10 +4,13 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
+from engine import generation
 from engine.errors import DoesNotFitError, InputError
 from engine.experiments import full_model, full_model_step, full_model_switches, full_model_tests, parse
 from engine.experiments._full_model import SWITCHES, SwitchParams
+from engine.experiments._on_workers.full_model_step import build
 from engine.runtime.jobs import LocalJob
 
 pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
@@ -140,7 +143,12 @@ class TestSwitches:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict.fromkeys(SWITCHES, False), {"quantization": False, "seed": 3}, {"begin": "storyteller", "length": 32}],
+    [
+        {},
+        dict.fromkeys(SWITCHES, False),
+        {"quantization": False, "lora": False, "seed": 5, "experts": 16, "top_k": 1},  # some experts have no token
+        {"begin": "storyteller", "length": 32, "experts": 16, "top_k": 1},
+    ],
     ids=str,
 )
 def test_all_properties_hold(changes):
@@ -159,3 +167,20 @@ def test_a_property_that_does_not_hold_is_told(monkeypatch):
     monkeypatch.setattr(full_model, "predict", wrong)
     checks = full_model_tests.run(full_model_tests.Params(**SMALL), LocalJob()).checks
     assert [check.name for check in checks if not check.passed] == ["And the bytes"]
+
+
+def test_an_expert_that_had_tokens_must_move(monkeypatch):
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
+    checks = full_model_tests.run(full_model_tests.Params(**SMALL, top_k=1), LocalJob()).checks
+    assert "What learns moves" in [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_other_words_with_a_cache_are_told_unless_they_are_as_good(monkeypatch, tied):
+    model = build(full_model_tests.Params(**SMALL), "cpu")
+    if tied:
+        model.lm_head.weight.data[:] = model.lm_head.weight[0].clone()
+    right = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *args: (right(*args) + 1) % 512)
+    check = full_model_tests._generated(model, torch.randint(512, (2, 48)))
+    assert check.passed == tied

@@ -1,7 +1,9 @@
 """The runs of the whole model in this process, on few steps: it learns, is taken apart switch by switch, is timed."""
 
+import itertools
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,16 +11,26 @@ import torch
 
 from engine import llama, pretrained
 from engine.errors import InputError
-from engine.experiments import full_model_ablation, full_model_throughput, full_model_training, parse
+from engine.experiments import (
+    full_model_ablation,
+    full_model_step,
+    full_model_tests,
+    full_model_throughput,
+    full_model_training,
+    parse,
+)
 from engine.experiments._full_model import SWITCHES
-from engine.experiments._full_model_runs import LEARNING_RATES
+from engine.experiments._full_model_runs import LEARNING_RATES, PROMPTS
 from engine.experiments._on_workers.full_model_throughput import continuing, reading
 from engine.experiments._on_workers.full_model_training import SAMPLE_TOKENS, Ground, persevere
+from engine.experiments._training_cost import weigh as weigh_step
 from engine.experiments.full_model_ablation import EVERYTHING, NOTHING, describe_rows, states
+from engine.measure import is_held
 from engine.model import evaluating
+from engine.pretraining.run import PROMPT
 from engine.runtime.jobs import LocalJob
 from engine.runtime.results import weigh
-from engine.trainer import DivergedError
+from engine.trainer import DivergedError, Trainer
 
 TINY = {"d_model": 32, "num_layers": 1, "num_heads": 2, "rank": 2, "experts": 3, "batch_size": 4, "length": 32}
 OFF = dict.fromkeys(SWITCHES, False)
@@ -73,6 +85,17 @@ class TestTraining:
         params = full_model_training.Params(**TINY)
         assert trained.model_bytes < trained.step_bytes <= params.memory_bytes()
 
+    def test_the_step_that_is_weighed_finds_the_optimizers_means(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(
+            full_model_training, "weigh", lambda trainer: taken.append(trainer.step) or weigh_step(trainer)
+        )
+        params = full_model_training.Params(**TINY, **OFF, steps=3, text=TEXT)
+        found = full_model_training.run(params, LocalJob())
+        assert taken == [1]  # steps before it
+        assert found.step.tolist() == [1, 2, 3]
+        assert found.step_bytes > 0
+
     def test_without_mixtures_there_is_no_load(self):
         found = full_model_training.run(full_model_training.Params(**TINY, **OFF, steps=1, text=TEXT), LocalJob())
         assert found.mixtures == ()
@@ -103,7 +126,8 @@ class TestTraining:
     ("values", "said"),
     [
         ({"steps": 0}, "steps"),
-        ({"prompt": "x" * 301}, "prompt"),
+        ({"prompt": "x" * 301}, r"^Prompt has 301 characters: give 300 at most\.$"),
+        ({"text": "x" * 20_001}, r"^Your text has 20,001 characters: give 20,000 at most\.$"),
         ({"text": "too short"}, "Your text has 9 characters"),
         ({"num_heads": 3}, "Heads is 3"),
     ],
@@ -111,6 +135,16 @@ class TestTraining:
 def test_what_makes_no_sense_is_one_sentence(values, said):
     with pytest.raises(InputError, match=said):
         parse("full_model_training", values)
+
+
+def test_what_ends_a_text_for_many_a_program_is_left_out():
+    params = full_model_training.Params(prompt=" The\0 cat\0 ", text=f"\0{TEXT}")
+    assert (params.prompt, params.text) == ("The cat", TEXT.strip())
+
+
+def test_the_page_names_the_prompt_that_is_taken(ground):
+    assert ground.corpus.prompt == PROMPTS["storyteller"]
+    assert PROMPTS["fresh"] == PROMPT
 
 
 def test_a_text_whose_last_tenth_fills_no_sample_is_refused_with_its_tokens():
@@ -133,6 +167,9 @@ def test_a_router_that_is_given_no_numbers_is_a_divergence():
     with pytest.raises(DivergedError, match=r"at step 4 of 5\. The router") as error:
         persevere(trainer, go)
     assert error.value.step == 4
+    trainer.step = 5  # all were taken, and then it is examined
+    with pytest.raises(DivergedError, match=r"at step 5 of 5\."):
+        persevere(trainer, go)
 
 
 def test_what_no_machine_of_a_class_has_room_for_is_known_before_it_is_built():
@@ -221,6 +258,51 @@ class TestAblation:
             predicted = params.step_bytes(**states(frozenset(row.switches)))
             assert row.peak_bytes <= predicted < 2.5 * row.peak_bytes
 
+    def test_every_row_says_what_learns(self, ablated):
+        learns = {row.name: row.learns for row in ablated.rows}
+        assert learns[NOTHING] == learns["FlashAttention"] == ("embeddings", "norms", "base matrices")
+        assert learns["4-bit base"] == ("embeddings", "norms")
+        assert learns["LoRA"] == ("embeddings", "norms", "adapters")
+        assert learns["MoE-LoRA"] == ("embeddings", "norms", "some base matrices", "adapters", "routers")
+
+    @pytest.mark.parametrize("rate", [10, 1])  # nothing comes as far as the second step, some rows not to the third
+    def test_rows_that_diverge_early_cost_no_other_row_and_are_called_nothing_else(self, rate):
+        tiny = {"d_model": 32, "num_layers": 1, "num_heads": 1, "rank": 2, "experts": 2, "length": 16, "batch_size": 2}
+        switches = OFF | {"lora": True, "moe": True}
+        params = full_model_ablation.Params(**tiny, **switches, steps=5, text=TEXT, learning_rate=rate)
+        found = full_model_ablation.run(params, LocalJob())
+        assert found.ended == "finished"
+        assert [row.name for row in found.rows] == [NOTHING, "LoRA", "MoE-LoRA", EVERYTHING]
+        early = [row for row in found.rows if not row.timed]
+        assert early
+        assert all(row.diverged and math.isnan(row.median_ms) for row in early)
+        assert f"Diverged before a step was timed: {', '.join(row.name for row in early)}." in found.sentence
+        assert "nan" not in found.sentence
+        assert "0.0" not in found.sentence
+        weigh(found)
+
+    def test_every_step_that_is_timed_has_the_device_for_itself(self, monkeypatch):
+        held = {}
+
+        class Watched(Trainer):
+            def resume(self):
+                held.setdefault(self.step, set()).add(is_held(str(self.device)))
+                return super().resume()
+
+        monkeypatch.setattr("engine.experiments._on_workers.full_model_training.Trainer", Watched)
+        params = full_model_ablation.Params(**TINY, **OFF | {"lora": True}, steps=6, text=TEXT)
+        full_model_ablation.run(params, LocalJob())
+        assert held == {0: {False}} | {step: {True} for step in range(1, 6)}
+
+    @pytest.mark.parametrize(("seeds", "ends"), [(1, (1, 9)), (2, (2, 18))])
+    def test_of_fewer_than_ten_times_the_spread_is_all_of_them(self, seeds, ends):
+        runs = [full_model_ablation._Run(6.0, 4.0, [9.0, *range(1, 9)], 4, 2, 1)]
+        if seeds == 2:
+            runs += [full_model_ablation._Run(6.0, 4.0, list(map(float, range(10, 20))), 4, 2, 1)]
+        made = full_model_ablation._row(NOTHING, frozenset(), runs, full_model_ablation.Params(), 1)
+        assert (made.low_ms, made.high_ms) == pytest.approx(ends, abs=0.9)
+        assert ((made.low_ms, made.high_ms) == ends) == (seeds == 1)
+
     def test_complete_rows_survive_a_cancellation(self):
         params = full_model_ablation.Params(**TINY, steps=5, text=TEXT)
         found = full_model_ablation.run(params, stop_after(12))
@@ -242,11 +324,15 @@ class TestAblation:
             parse("full_model_ablation", values)
 
 
-def row(name, switches, last=(4.0,), ms=10.0, peak=40e6, spread=0.5):
+def row(name, switches, last=(4.0,), ms=10.0, peak=40e6, spread=0.5, timed=10):
     return full_model_ablation.Row(
-        name, switches, tuple(6.0 for _ in last), last, ms, ms - spread, ms + spread, 10, 1e5 / ms, int(peak), 10**6,
-        1000, 1e-2,
+        name, switches, tuple(6.0 for _ in last), last, ms, ms - spread, ms + spread, timed, 1e5 / ms, int(peak), 10**6,
+        1000, ("norms",), 1e-2,
     )  # fmt: skip
+
+
+def early(name, switches):
+    return row(name, switches, last=(math.nan,), ms=math.nan, peak=0, timed=0)
 
 
 class TestSentence:
@@ -277,6 +363,23 @@ class TestSentence:
     def test_a_row_that_diverged_is_named(self):
         said = describe_rows([row(NOTHING, ()), row("LoRA", ("lora",), last=(math.nan,))])
         assert "Losses cannot be compared. Diverged: LoRA." in said
+
+    def test_what_diverged_before_it_was_weighed_saves_nothing(self):
+        said = describe_rows([row(NOTHING, ()), early("LoRA", ("lora",)), row("MoE-LoRA", ("moe",), peak=30e6)])
+        assert "MoE-LoRA saves most memory" in said
+        assert said.endswith(" Diverged before a step was timed: LoRA.")
+
+    def test_nothing_is_held_against_a_row_that_diverged_at_once(self):
+        rows = [early(NOTHING, ()), row("LoRA", ("lora",)), row(EVERYTHING, ("lora", "moe"))]
+        said = describe_rows(rows)
+        assert said.startswith("Memory cannot be compared: too few rows")
+        assert "Times cannot be compared: too few rows" in said
+        assert "techniques on a step takes" not in said
+
+    def test_of_two_times_nothing_is_said(self):
+        said = describe_rows([row(NOTHING, ()), row("LoRA", ("lora",), last=(math.nan,), ms=90, timed=2)])
+        assert "Times cannot be compared" in said
+        assert "Diverged: LoRA." in said
 
     def test_without_rows_nothing_is_claimed(self):
         assert describe_rows([row(NOTHING, ())]) == "The first rows are not there yet."
@@ -326,3 +429,107 @@ class TestThroughput:
     def test_larger_batches_need_more_memory(self):
         small, large = (full_model_throughput.Params(batch_size=batch).memory_bytes() for batch in (1, 64))
         assert large > small > 0
+
+    def test_there_is_time_for_every_choice_of_a_kernel(self):
+        widest = full_model_throughput.Params(batch_size=64)
+        kinds = len(widest.batches) * len(widest.lengths)
+        assert widest.time_limit > 2 * 60 * kinds
+
+
+def point(phase, batch, length, ms, low, high):
+    tokens = batch * (length if phase == "prefill" else 1)
+    return full_model_throughput.Point(phase, batch, length, ms, low, high, 7, 1e3 * tokens / ms)
+
+
+class TestThroughputSentence:
+    def said(self, one, most, short=(10, 9, 11), read=(20, 19, 21)):
+        points = [
+            point("decode", 8, 32, *short),
+            point("decode", 1, 128, *one),
+            point("decode", 8, 128, *most),
+            point("prefill", 8, 128, *read),
+        ]
+        return full_model_throughput.describe_points(points)
+
+    def test_ratios_of_times_that_are_apart_are_told(self):
+        said = self.said((10, 9, 11), (15, 14, 16))
+        assert "one token more takes 10 ms (9 to 11) for one text and 15 ms (14 to 16) for 8 at once" in said
+        assert "1.5 times the wait, 5.3 times the tokens a second, 533." in said
+        assert "With 32 tokens in the cache it is 10 ms (9 to 11)." in said
+        assert "51,200 tokens/s at 8 × 128, 64.0 times as many as writing at its best." in said
+
+    def test_a_shorter_cache_that_takes_longer_is_no_finding(self):
+        said = self.said((10, 9, 11), (15, 14, 16), short=(40, 30, 50))
+        assert "it is 40 ms (30 to 50), though less is read: other work held up one of them." in said
+        assert "though" not in self.said((10, 9, 11), (15, 14, 16))
+
+    def test_no_ratio_of_times_that_overlap_is_told(self):
+        said = self.said((45, 19, 75), (54, 19, 70), short=(30, 18, 50))
+        assert ": times that cannot be told apart, 6.7 times the tokens a second" in said
+        assert "Whether 32 or 128 tokens are in the cache cannot be told" in said
+        assert "the wait" not in said
+
+    def test_throughput_that_overlaps_is_not_told_either(self):
+        assert "6.0 times the wait, tokens a second that cannot be told apart." in self.said((10, 9, 11), (60, 50, 95))
+        assert "; neither these times nor the tokens a second" in self.said((45, 5, 90), (54, 19, 200))
+
+    def test_reading_that_is_as_fast_as_writing_is_not_called_faster(self):
+        said = self.said((10, 9, 11), (15, 14, 16), read=(1500, 1000, 3000))
+        assert "which cannot be told from writing at its best" in said
+
+
+EVERY = [dict(zip(SWITCHES, states, strict=True)) for states in itertools.product((False, True), repeat=4)]
+
+
+def named(switches):
+    return "+".join(name for name, on in switches.items() if on) or "nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("no_kernel_is_chosen")
+class TestOnAGPU:
+    SMALL: ClassVar = {
+        "d_model": 64, "num_layers": 2, "num_heads": 4, "rank": 4, "experts": 3, "batch_size": 4, "length": 64,
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("switches", EVERY, ids=named)
+    def test_a_step_takes_the_memory_that_is_predicted(self, switches):
+        step = full_model_step.run(full_model_step.Params(**self.SMALL, **switches), LocalJob("cuda"))
+        assert math.isfinite(step.loss)
+        assert 0 < step.evidence.low_ms <= step.evidence.median_ms <= step.evidence.high_ms < math.inf
+        assert abs(step.predicted_bytes - step.peak_bytes) / step.peak_bytes < 0.1
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, OFF, {"experts": 16, "top_k": 1}, {"begin": "storyteller", "experts": 16, "top_k": 1}],
+        ids=str,
+    )
+    def test_all_properties_hold(self, changes):
+        checks = full_model_tests.run(full_model_tests.Params(**self.SMALL | changes), LocalJob("cuda")).checks
+        assert [(check.name, check.measured, check.bound) for check in checks if not check.passed] == []
+
+    def test_an_ablation_has_all_its_rows(self):
+        params = full_model_ablation.Params(**self.SMALL, steps=5, text=TEXT)
+        found = full_model_ablation.run(params, LocalJob("cuda"))
+        assert (found.ended, len(found.rows)) == ("finished", 10)
+        for row in found.rows:
+            assert not row.diverged
+            assert row.timed == 3
+            assert 0 < row.low_ms <= row.median_ms <= row.high_ms < math.inf
+            assert row.peak_bytes > row.model_bytes > 0
+
+    def test_a_training_learns(self):
+        params = full_model_training.Params(**self.SMALL, steps=24, text=TEXT, prompt="The cat")
+        found = full_model_training.run(params, LocalJob("cuda"))
+        assert found.ended == "finished"
+        assert np.isfinite(found.loss).all()
+        assert found.held_out_loss[-1] < 0.9 * found.held_out_loss[0]
+        assert found.step_bytes > found.model_bytes
+        np.testing.assert_allclose(found.load.mean(-1), 1)
+
+    def test_throughput_has_all_its_points(self):
+        params = full_model_throughput.Params(**self.SMALL | {"batch_size": 1}, runs=3)
+        found = full_model_throughput.run(params, LocalJob("cuda"))
+        assert (found.ended, len(found.points)) == ("finished", 6)
+        assert all(0 < point.low_ms <= point.median_ms <= point.high_ms < math.inf for point in found.points)

@@ -42,6 +42,24 @@ class TestAblation:
         assert "MB" in fig.layout.xaxis.title.text
         assert "tokens/s" in fig.layout.xaxis2.title.text
 
+    def test_a_row_without_a_step_has_no_bar_but_the_word(self):
+        nan = float("nan")
+        rows = [
+            ROWS[0],
+            charts.Row("early", 2_000_000, 0, nan, nan, nan),
+            charts.Row("late", 2_000_000, 90_000_000, nan, nan, nan),
+        ]
+        fig = charts.ablation(rows, 3)
+        weights, rest, speed = fig.data
+        assert list(weights.y) == list(rest.y) == ["nothing", "late"]
+        assert list(speed.y) == ["nothing"]
+        texts = {(note.xref, note.y): (note.x, note.text) for note in fig.layout.annotations}
+        assert texts["x", "early"] == texts["x2", "early"] == texts["x2", "late"] == (0, "diverged")
+        assert texts["x", "late"] == (90, "90")
+        assert fig.layout.xaxis2.range[1] > 11_000
+        assert len(fig.layout.yaxis.categoryarray) == 3
+        assert charts.ablation(rows[1:2], 3).layout.xaxis.range[1] > 0
+
     def test_rows_keep_their_place_while_others_come(self):
         some, all_there = charts.ablation(ROWS[:1], 3), charts.ablation(ROWS, 3)
         for fig in (some, all_there):
@@ -108,9 +126,9 @@ class TestLoads:
         np.testing.assert_array_equal(heat.z, load)
         assert (heat.zmid, heat.zmin + heat.zmax) == (1, 2)
         assert heat.zmax == pytest.approx(1.3)
-        assert [note.text for note in fig.layout.annotations] == ["1.30", "0.70", "1.00", "1.00"]
+        assert [note.text for note in fig.layout.annotations] == ["1.30", "0.70", "1.00", "1.00", "expert"]
 
     def test_many_cells_are_not_written_on(self, mode):
         fig = charts.loads(np.ones((36, 16)), [str(row) for row in range(36)], mode=mode)
-        assert not fig.layout.annotations
+        assert [note.text for note in fig.layout.annotations] == ["expert"]
         assert fig.data[0].zmax > 1

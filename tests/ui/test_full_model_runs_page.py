@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from engine.experiments import full_model_ablation, full_model_throughput, full_model_training
+from engine.experiments._full_model import SWITCHES
 from engine.experiments._training_diary import Sample
 from tests.ui.lab_pages import finished, words
+from ui.charts import full_model_runs as charts
 from ui.full_model import ablation, throughput, training
 from ui.labs import FULL_MODEL
 
@@ -59,12 +61,17 @@ class TestTraining:
         assert "had other settings" in words(app)
         press(app, "_full_model_training_train")
         assert "Which experts the tokens go to" not in words(app)
+        assert app.text_input(key="full_model_training_prompt").placeholder == "One day, Lily and Tom went to the"
+        app.text_input(key="full_model_training_prompt").set_value("x" * 301)
+        finished(app)
+        assert "Prompt has 301 characters" in words(app) + "".join(error.value for error in app.error)
+        assert "press “Train again”" not in words(app)  # which cannot be pressed
 
     @pytest.mark.parametrize(
         ("query", "said"),
         [
             ({"training_text": "no text"}, "Your text has 7 characters"),
-            ({"training_prompt": "x" * 301}, "at most 300 characters"),
+            ({"training_prompt": "x" * 301}, "Prompt has 301 characters: give 300 at most."),
         ],
     )
     def test_what_cannot_be_learned_is_one_sentence_and_the_button_waits(self, lab, query, said):
@@ -76,14 +83,15 @@ class TestTraining:
 class TestAblation:
     def test_rows_come_with_bars_numbers_and_a_sentence(self, lab):
         app = lab(ABLATION, ablation_steps=5, quantization="false", moe="false")
-        assert "4 rows: nothing on" in words(app)
-        assert "4-bit base and MoE-LoRA are switched off and not among them" in words(app)
+        said = "4 rows, made of what is switched on in the settings (LoRA, FlashAttention): nothing, each alone, all"
+        assert said in words(app)
         press(app, "_full_model_ablation_run_start")
         found = app.session_state["_run_full_model_ablation_run"].result
         assert found.sentence in words(app)
         drawn = spec(app, "full_model_ablation_bars")
         assert drawn["data"][0]["y"] == [row.name for row in found.rows]
         assert app.table[0].value["On"].tolist() == ["nothing", "LoRA", "FlashAttention", "everything"]
+        assert "embeddings, norms, base matrices in the rows nothing, FlashAttention;" in words(app)
         assert "Measured on" in words(app)
 
     def test_nothing_switched_on_is_one_sentence(self, lab):
@@ -125,9 +133,13 @@ class TestSentences:
         grown = training.loss_sentence(trained(held_out_loss=np.array([6.0, 3.0, 3.5])))
         assert "lower after step 2, 3.00" in grown
 
+    def test_time_that_no_step_took_is_named(self):
+        said = training.seconds_sentence(trained(seconds=86.4, tokens_per_second=np.full(4, 4.0)))
+        assert said == "It took 86.4 s, 64 of them in steps, the rest for samples and held-out losses."
+
     def test_uneven_load_is_named_with_its_mixture(self):
         said = training.balance_sentence(trained())
-        assert "most is 80%, in layers.0.mlp.up_proj" in said
+        assert "most is 80%, in layer 0, up." in said
         assert "45% more than its fair share" in said
         assert "That is uneven" in said
         assert "That is uneven" not in training.balance_sentence(trained(load=np.full((3, 2, 2), 1.0)))
@@ -141,17 +153,40 @@ class TestSentences:
         table = training.loads_table(found)
         assert len(table) == found.load.size
         np.testing.assert_array_equal(table["load over fair share"], found.load.ravel())
-        assert training.short("layers.11.mlp.down_proj") == "11 down"
+        assert training.short("layers.11.mlp.down_proj") == "layer 11, down"
 
     def test_a_row_says_its_losses_and_its_spread(self):
         row = full_model_ablation.Row(
-            "LoRA", ("lora",), (6.0, 6.0), (4.0, 5.0), 10, 8, 20, 6, 1000, 10**6, 10**5, 10, 0.01
+            "LoRA", ("lora",), (6.0, 6.0), (4.0, 5.0), 10, 8, 20, 6, 1000, 10**6, 10**5, 10, ("norms",), 0.01
         )
         found = full_model_ablation.Result((row,), 10, "", (), "running", "", "CPU", {})
         assert ablation.numbers(found)["Loss, end"].tolist() == ["4.50\u00a0(4.00\u00a0to\u00a05.00)"]
         assert (ablation.bars(found)[0].low, ablation.bars(found)[0].high) == (500, 1250)
         exported = ablation.table(found).iloc[0]
         assert (exported["last loss, seed 1"], exported["lora"], exported["moe"]) == (5.0, True, False)
+
+    def test_a_row_that_diverged_at_once_has_dashes_for_numbers(self):
+        nan = float("nan")
+        row = full_model_ablation.Row(
+            "nothing", (), (6.0,), (nan,), nan, nan, nan, 0, nan, 0, 10**6, 10, ("norms",), 10
+        )
+        found = full_model_ablation.Result((row,), 4, "", (), "running", "", "CPU", {})
+        shown = ablation.numbers(found).iloc[0]
+        assert [shown[name] for name in ("Loss, end", "ms a step", "Tokens/s", "Step's peak")] == ["diverged", *"———"]
+        assert charts.ablation(ablation.bars(found), 4).layout.xaxis2.range[1] > 0
+
+    @pytest.mark.parametrize(
+        ("on", "said"),
+        [
+            (["moe"], "2 rows, made of what is switched on in the settings (MoE-LoRA): nothing, each alone. "),
+            (["lora", "moe", "flash"], "8 rows, made of what is switched on in the settings (LoRA, FlashAttention, "),
+        ],
+    )
+    def test_the_rows_are_told_beforehand(self, on, said):
+        switches = {name: name in on for name in SWITCHES}
+        plan = ablation.plan_sentence(full_model_ablation.Params(**switches))
+        assert plan.startswith(said)
+        assert ("all but one" in plan) == (len(on) > 2)
 
     def test_a_faster_run_is_a_higher_speed(self):
         point = full_model_throughput.Point("decode", 4, 32, 10.0, 8.0, 20.0, 7, 400.0)

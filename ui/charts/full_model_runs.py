@@ -28,8 +28,8 @@ class Row:
     Args:
         name: of it.
         model_bytes: of the weights as they are stored.
-        peak_bytes: of a step, the weights among them.
-        speed, low, high: tokens a second by the median step, by the slowest and the fastest tenth.
+        peak_bytes: of a step, the weights among them; 0 if none was weighed.
+        speed, low, high: tokens a second by the median step, by a slow one and by a fast one; NaN if none was timed.
     """
 
     name: str
@@ -63,7 +63,7 @@ def height(rows: int) -> int:
 
 
 def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> go.Figure:
-    """A memory bar and a speed bar for each row, in the same order from top to bottom.
+    """A memory bar and a speed bar for each row, in the same order from top to bottom; "diverged" where one is missing.
 
     Args:
         rows: that are there.
@@ -71,44 +71,55 @@ def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> 
         mode: light or dark.
     """
     surface, colours = theme.SURFACES[mode], theme.CATEGORIES[mode]
-    names = [row.name for row in rows]
-    places = [*names, *(" " * place for place in range(1, total - len(rows) + 1))]
+    weighed = [row for row in rows if row.peak_bytes]
+    timed = [row for row in rows if not math.isnan(row.speed)]
+    places = [*(row.name for row in rows), *(" " * place for place in range(1, total - len(rows) + 1))]
     fig = go.Figure()
     for name, values, colour, hover in (
-        ("weights", [row.model_bytes / 1e6 for row in rows], colours[1], "%{y}: weights %{x:.3g} MB<extra></extra>"),
+        ("weights", [row.model_bytes / 1e6 for row in weighed], colours[1], "%{y}: weights %{x:.3g} MB<extra></extra>"),
         (
             "the rest of a step",
-            [max(0, row.peak_bytes - row.model_bytes) / 1e6 for row in rows],
+            [max(0, row.peak_bytes - row.model_bytes) / 1e6 for row in weighed],
             colours[0],
             "%{y}: gradients, AdamW's means, activations %{x:.3g} MB<extra></extra>",
         ),
     ):
-        fig.add_bar(y=names, x=values, name=name, orientation="h", marker={"color": colour}, hovertemplate=hover)
+        fig.add_bar(
+            y=[row.name for row in weighed],
+            x=values,
+            name=name,
+            orientation="h",
+            marker={"color": colour},
+            hovertemplate=hover,
+        )
     fig.add_bar(
-        y=names,
-        x=[row.speed for row in rows],
+        y=[row.name for row in timed],
+        x=[row.speed for row in timed],
         name="tokens/s",
         orientation="h",
         marker={"color": colours[2]},
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [row.high - row.speed for row in rows],
-            "arrayminus": [row.speed - row.low for row in rows],
+            "array": [row.high - row.speed for row in timed],
+            "arrayminus": [row.speed - row.low for row in timed],
             "color": surface.muted,
             "thickness": 1.5,
             "width": 3,
         },
-        customdata=[[row.low, row.high] for row in rows],
+        customdata=[[row.low, row.high] for row in timed],
         hovertemplate="%{y}: %{x:,.0f} tokens/s (%{customdata[0]:,.0f} to %{customdata[1]:,.0f})<extra></extra>",
         xaxis="x2",
         showlegend=False,
     )
     for row in rows:
-        fig.add_annotation(x=row.peak_bytes / 1e6, text=f"{row.peak_bytes / 1e6:.3g}", xref="x", **_label(row, surface))
-        fig.add_annotation(x=row.high, text=_short(row.speed), xref="x2", **_label(row, surface))
-    most = max((row.peak_bytes / 1e6 for row in rows), default=1.0)
-    fastest = max((row.high for row in rows), default=1.0)
+        peak, speed = (row.peak_bytes / 1e6, f"{row.peak_bytes / 1e6:.3g}"), (row.high, _short(row.speed))
+        for axis, there, (end, text) in (("x", row in weighed, peak), ("x2", row in timed, speed)):
+            fig.add_annotation(
+                x=end if there else 0, text=text if there else "diverged", xref=axis, **_label(row, surface)
+            )
+    most = max((row.peak_bytes / 1e6 for row in weighed), default=1.0)
+    fastest = max((row.high for row in timed), default=1.0)
     across = {"fixedrange": True, "nticks": 3, "zeroline": False}
     return fig.update_layout(
         barmode="stack",
@@ -279,8 +290,11 @@ def loads(load: np.ndarray, mixtures: Sequence[str], *, mode: theme.Mode = "ligh
                     showarrow=False,
                     font=_TEXT | {"color": "#FFFFFF" if dark else "#10191F" if mode == "light" else surface.paper},
                 )
-    fig.update_xaxes(title="expert", type="category", showgrid=False, zeroline=False, fixedrange=True)
+    fig.add_annotation(  # Plotly puts an axis' own title onto its ticks here
+        x=0.5, xref="paper", y=0, yref="paper", yanchor="top", yshift=-26, text="expert", showarrow=False
+    )
+    fig.update_xaxes(type="category", showgrid=False, zeroline=False, fixedrange=True)
     fig.update_yaxes(
         type="category", autorange="reversed", showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=4
     )
-    return fig.update_layout(margin={"l": 78, "r": 10, "t": 70, "b": 46}, dragmode=False)
+    return fig.update_layout(margin={"l": 104, "r": 10, "t": 70, "b": 56}, dragmode=False)

@@ -20,6 +20,7 @@ from ui.prose import plain
 RUN = f"{PREFIX}_ablation_run"
 OWN = f"{PREFIX}_ablation"
 _HEIGHT = charts.height(10)
+_NONE = "—"
 
 
 def ablation(given: Settings) -> None:
@@ -52,13 +53,13 @@ def ablation(given: Settings) -> None:
 
 def plan_sentence(params: full_model_ablation.Params) -> str:
     """What will be run."""
-    rows, seeds = len(params.rows()), params.seeds
-    each = f" with {seeds} seeds each" if seeds > 1 else ""
-    off = [label for name, label in SWITCHES.items() if not getattr(params, name)]
-    without = f" {' and '.join(off)} {'is' if len(off) == 1 else 'are'} switched off and not among them." if off else ""
+    on = [SWITCHES[name] for name in params.switched_on()]
+    kinds = ["nothing", "each alone", "all together", "all but one"][: 2 if len(on) == 1 else 3 if len(on) == 2 else 4]
+    each = f" with {params.seeds} seeds" if params.seeds > 1 else ""
     return (
-        f"{rows} rows{each}: nothing on, each technique alone, all of them, and all but one. Every row is a training "
-        f"of {params.steps} steps on the same text, drawn as soon as it is there.{without}"
+        f"{len(params.rows())} rows, made of what is switched on in the settings ({', '.join(on)}): "
+        f"{', '.join(kinds)}. Each row is a training of {params.steps} steps{each} on the same text; the other "
+        "settings hold for all rows."
     )
 
 
@@ -85,9 +86,9 @@ def numbers(found: full_model_ablation.Result) -> pd.DataFrame:
             "On": [_on_one_line(row.name) for row in rows],
             "Loss, start": [f"{sum(row.first_loss) / len(row.first_loss):.2f}" for row in rows],
             "Loss, end": [_losses(row) for row in rows],
-            "ms a step": [_on_one_line(f"{row.median_ms:.0f} ({row.low_ms:.0f} to {row.high_ms:.0f})") for row in rows],
-            "Tokens/s": [f"{row.tokens_per_second:,.0f}" for row in rows],
-            "Step's peak": [amount(row.peak_bytes) for row in rows],
+            "ms a step": [_times(row) for row in rows],
+            "Tokens/s": [f"{row.tokens_per_second:,.0f}" if row.timed else _NONE for row in rows],
+            "Step's peak": [amount(row.peak_bytes) if row.peak_bytes else _NONE for row in rows],
             "Model": [amount(row.model_bytes) for row in rows],
             "Learning": [count(row.learning) for row in rows],
             "Rate": [f"{row.learning_rate:g}" for row in rows],
@@ -95,12 +96,25 @@ def numbers(found: full_model_ablation.Result) -> pd.DataFrame:
     )
 
 
+def learning_sentence(found: full_model_ablation.Result) -> str:
+    """What learns in which rows."""
+    rows: dict[str, list[str]] = {}
+    for row in found.rows:
+        rows.setdefault(", ".join(row.learns), []).append(row.name)
+    told = "; ".join(f"{parts} in the rows {', '.join(names)}" for parts, names in rows.items())
+    return f"What learns differs from row to row, and with it what a loss can come to: {told}."
+
+
 def _losses(row: full_model_ablation.Row) -> str:
-    if row.mean_loss != row.mean_loss:
+    if row.diverged:
         return "diverged"
     if len(row.last_loss) == 1:
         return f"{row.mean_loss:.2f}"
     return _on_one_line(f"{row.mean_loss:.2f} ({min(row.last_loss):.2f} to {max(row.last_loss):.2f})")
+
+
+def _times(row: full_model_ablation.Row) -> str:
+    return _on_one_line(f"{row.median_ms:.0f} ({row.low_ms:.0f} to {row.high_ms:.0f})") if row.timed else _NONE
 
 
 def _on_one_line(words: str) -> str:
@@ -118,13 +132,14 @@ def table(found: full_model_ablation.Result) -> pd.DataFrame:
                 **{f"first loss, seed {index}": loss for index, loss in enumerate(row.first_loss)},
                 **{f"last loss, seed {index}": loss for index, loss in enumerate(row.last_loss)},
                 "median ms": row.median_ms,
-                "10th percentile ms": row.low_ms,
-                "90th percentile ms": row.high_ms,
+                "low ms": row.low_ms,
+                "high ms": row.high_ms,
                 "timed steps": row.timed,
                 "tokens a second": row.tokens_per_second,
                 "peak bytes of a step": row.peak_bytes,
                 "model bytes": row.model_bytes,
                 "learning parameters": row.learning,
+                "what learns": ", ".join(row.learns),
                 "learning rate": row.learning_rate,
             }
             for row in found.rows
@@ -153,7 +168,9 @@ def _draw(found: full_model_ablation.Result, params: full_model_ablation.Params)
     st.table(numbers(found), border="horizontal", hide_index=True)
     st.caption(
         "Losses in nats a token of text that is never learned. Milliseconds: median, and 10th to 90th percentile of "
-        "the steps that were timed. Each row has the learning rate that suits what learns in it."
+        "the steps that were timed, of fewer than ten the fastest to the slowest. Each row has the learning rate that "
+        "suits what learns in it."
     )
+    st.caption(plain(learning_sentence(found)))
     if found.ended != "running":
         provenance(found)

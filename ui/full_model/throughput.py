@@ -57,10 +57,7 @@ def lines(found: full_model_throughput.Result, phase: full_model_throughput.Phas
         name, batches = f"{length} tokens", [point.batch for point in points]
         times = [(point.median_ms, point.low_ms, point.high_ms) for point in points]
         drawn[0].append(charts.Line(name, batches, *map(list, zip(*times, strict=True))))
-        speeds = [
-            tuple(point.tokens_per_second * point.median_ms / ms for ms in (middle, high, low))
-            for point, (middle, low, high) in zip(points, times, strict=True)
-        ]
+        speeds = [(point.tokens_per_second, *point.spread_of_speed) for point in points]
         drawn[1].append(charts.Line(name, batches, *map(list, zip(*speeds, strict=True))))
     return drawn
 

@@ -11,6 +11,7 @@ import streamlit as st
 
 from engine.experiments import full_model_training
 from engine.experiments._full_model import SWITCHES
+from engine.experiments._full_model_runs import PROMPTS
 from ui import chart, controls, export, run, theme
 from ui.charts import full_model_runs as charts
 from ui.charts.memory import amount
@@ -58,13 +59,9 @@ def training(given: Settings) -> None:
 def _params(given: Settings) -> full_model_training.Params | None:
     model = full_model_training.Params
     left, right = st.columns(2, gap="medium")
-    with left:
-        values = KEPT.controls(model, prefix=OWN, fields=["prompt"])
-    with right:
-        values |= KEPT.controls(model, prefix=OWN, fields=["steps"], steps=Look(minimum=10, maximum=1000, step=10))
     place = st.container()
     with st.expander("Text and learning rate", icon=":material/tune:"):
-        values |= KEPT.controls(
+        values = KEPT.controls(
             model,
             prefix=OWN,
             fields=["text", "learning_rate"],
@@ -76,6 +73,11 @@ def _params(given: Settings) -> full_model_training.Params | None:
                 value=_AUTOMATIC,
             ),
         )
+    with left:
+        prompt = Look(placeholder="words of your text" if values["text"].strip() else PROMPTS[given.params.begin])
+        values |= KEPT.controls(model, prefix=OWN, fields=["prompt"], prompt=prompt)
+    with right:
+        values |= KEPT.controls(model, prefix=OWN, fields=["steps"], steps=Look(minimum=10, maximum=1000, step=10))
     values["learning_rate"] = values["learning_rate"] or None
     with place:
         return controls.validated(model, given.params.model_dump() | values)
@@ -105,13 +107,19 @@ def _state(found: full_model_training.Result, params: full_model_training.Params
     if found.ended == "running":
         st.caption(plain(f"{words} {found.device}"))
         return
-    words = plain(f"{words} {found.seconds:.0f} s on {found.device}, torch {found.versions['torch']}.")
+    words = plain(f"{words} {seconds_sentence(found)} {found.device}, torch {found.versions['torch']}.")
     if found.ended == "diverged":
         st.warning(words, icon=":material/trending_up:")
     elif found.ended in ("cancelled", "timed out"):
         st.info(words, icon=":material/info:")
     else:
         st.caption(words)
+
+
+def seconds_sentence(found: full_model_training.Result) -> str:
+    """How long it took, and what with."""
+    steps = float(np.sum(found.tokens_per_step / found.tokens_per_second))
+    return f"It took {found.seconds:.3g} s, {steps:.3g} of them in steps, the rest for samples and held-out losses."
 
 
 def _figures(found: full_model_training.Result) -> None:
@@ -168,7 +176,7 @@ def balance_sentence(found: full_model_training.Result) -> str:
     words = (
         f"After step {found.checked[-1]} the busiest expert of a mixture gets {now.mean():.0%} more than its fair "
         f"share, the mean over {len(now)} mixtures ({first.mean():.0%} before the first step); most is "
-        f"{now[worst]:.0%}, in {found.mixtures[worst]}."
+        f"{now[worst]:.0%}, in {short(found.mixtures[worst])}."
     )
     if now[worst] > _UNEVEN:
         words += " That is uneven: the selection bias moves with every step and needs some more of them."
@@ -223,9 +231,9 @@ def _balance(found: full_model_training.Result, params: full_model_training.Para
 
 
 def short(name: str) -> str:
-    """A mixture's place in a few letters, e.g. ``"0 gate"`` for ``"layers.0.mlp.gate_proj"``."""
+    """A mixture's place in a few letters, e.g. ``"layer 0, gate"`` for ``"layers.0.mlp.gate_proj"``."""
     _, layer, *_, matrix = name.split(".")
-    return f"{layer} {matrix.removesuffix('_proj')}"
+    return f"layer {layer}, {matrix.removesuffix('_proj')}"
 
 
 def loads_table(found: full_model_training.Result) -> pd.DataFrame:

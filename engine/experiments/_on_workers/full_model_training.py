@@ -172,5 +172,6 @@ def persevere(trainer: Trainer, go: Callable[[], Done]) -> Done:
     try:
         return go()
     except InputError as error:
-        step, total = trainer.step + 1, trainer.total_steps
+        total = trainer.total_steps
+        step = min(trainer.step + 1, total)  # after the last one the model is examined once more
         raise DivergedError(f"Training diverged at step {step} of {total}. {error}", step) from error
