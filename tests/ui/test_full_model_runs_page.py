@@ -5,9 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from engine.experiments import full_model_ablation, full_model_throughput, full_model_training
+from engine.experiments import (
+    _full_model_recorded,
+    full_model,
+    full_model_ablation,
+    full_model_throughput,
+    full_model_training,
+)
 from engine.experiments._full_model import SWITCHES
 from engine.experiments._training_diary import Sample
+from tests.benchmarks import full_model_runs
 from tests.ui.lab_pages import finished, words
 from ui.charts import full_model_runs as charts
 from ui.full_model import ablation, throughput, training
@@ -112,6 +119,55 @@ class TestThroughput:
         app.session_state["full_model_throughput_phase"] = throughput.PREFILL
         finished(app)
         assert spec(app, "full_model_throughput_curves")["layout"]["yaxis"]["title"]["text"] != before
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What the benchmark writes of the smallest sizes."""
+    path = tmp_path_factory.mktemp("record") / "record.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["full_model_runs", "--device", "cpu", "--small", "--json", str(path)])
+        assert full_model_runs.main() == 0
+    return path
+
+
+class TestRecorded:
+    """Below what is measured now, labelled, and there before anything is measured."""
+
+    @pytest.fixture(autouse=True)
+    def read(self, record, monkeypatch):
+        monkeypatch.setattr(_full_model_recorded, "_RECORD", record)
+        _full_model_recorded._runs.cache_clear()
+        yield
+        _full_model_recorded._runs.cache_clear()
+
+    def test_an_ablation_is_there_before_the_button_is_pressed(self, lab):
+        app = lab(ABLATION)
+        said = words(app)
+        assert "recorded" in said
+        assert "not measured now" in said
+        assert "A fresh model of 1 layers, 32 wide" in said
+        found = _full_model_recorded.recorded_ablation(full_model.Params()).found
+        assert f"{found.rows[0].peak_bytes / 1e6:.1f}" in said
+        assert spec(app, "full_model_ablation_recorded")["data"]
+        assert not app.exception
+
+    def test_a_throughput_follows_what_is_timed(self, lab):
+        app = lab(THROUGHPUT)
+        drawn = spec(app, "full_model_throughput_recorded")["data"]
+        assert "not measured now" in words(app)
+        app.button_group(key="full_model_throughput_phase").set_value(throughput.PREFILL)
+        finished(app)
+        assert spec(app, "full_model_throughput_recorded")["data"] != drawn
+        assert not app.exception
+
+    def test_without_a_record_nothing_is_said_of_one(self, lab, monkeypatch, tmp_path):
+        monkeypatch.setattr(_full_model_recorded, "_RECORD", tmp_path / "none.json")
+        _full_model_recorded._runs.cache_clear()
+        for view in (ABLATION, THROUGHPUT):
+            app = lab(view)
+            assert "recorded" not in words(app)
+            assert not app.exception
 
 
 def trained(**changes):

@@ -7,11 +7,14 @@ import streamlit as st
 
 from engine.experiments import full_model_ablation
 from engine.experiments._full_model import SWITCHES
+from engine.experiments._full_model_recorded import recorded_ablation
 from ui import chart, controls, export, run, theme
 from ui.charts import full_model_runs as charts
 from ui.charts.memory import amount
 from ui.controls import Look
 from ui.evidence import provenance
+from ui.flash.recorded import heading
+from ui.full_model.recorded import size_in_words
 from ui.full_model.settings import KEPT, PREFIX, Settings
 from ui.lora.settings import count
 from ui.measure_button import measure_button
@@ -47,8 +50,11 @@ def ablation(given: Settings) -> None:
             "Before you run it: which of the switches saves most memory in a training step, and which costs most time?",
             icon=":material/lightbulb:",
         )
-        return
-    run.watch("full_model_ablation", started, _draw, key=RUN, height=_HEIGHT)
+    else:
+        run.watch("full_model_ablation", started, _draw, key=RUN, height=_HEIGHT)
+    if (recorded := recorded_ablation(params)) is not None:
+        heading(recorded, size_in_words(recorded.params), dashed=False)
+        _picture(recorded.found, recorded.params, f"{OWN}_recorded")
 
 
 def plan_sentence(params: full_model_ablation.Params) -> str:
@@ -152,9 +158,11 @@ def _draw(found: full_model_ablation.Result, params: full_model_ablation.Params)
         st.caption(f"{len(found.rows)} of {found.total} rows are done.")
     elif found.ended != "finished":
         st.info(plain(found.ending), icon=":material/info:")
-    if not found.rows:
-        return
-    key = f"{OWN}_bars"
+    if found.rows:
+        _picture(found, params, f"{OWN}_bars")
+
+
+def _picture(found: full_model_ablation.Result, params: full_model_ablation.Params, key: str) -> None:
     fig = charts.ablation(bars(found), found.total, mode=theme.mode())
     chart.figure(fig, key=key, sentence=found.sentence, height=charts.height(found.total))
     export.export(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import streamlit as st
 
 from engine.experiments import full_model_throughput
+from engine.experiments._full_model_recorded import recorded_throughput
 from ui import chart, controls, export, run, theme
 from ui.charts import full_model_runs as charts
 from ui.evidence import provenance
+from ui.flash.recorded import heading
+from ui.full_model.recorded import size_in_words
 from ui.full_model.settings import PREFIX, Settings
 from ui.measure_button import measure_button
 from ui.prose import plain
@@ -34,8 +39,23 @@ def throughput(given: Settings) -> None:
             "take eight times as long as writing one?",
             icon=":material/lightbulb:",
         )
+    recorded = recorded_throughput(params)
+    if started is None and recorded is None:
         return
-    run.watch("full_model_throughput", started, _draw, key=RUN, height=_HEIGHT)
+    what = st.segmented_control(
+        "What is timed",
+        list(_PHASES),
+        default=DECODE,
+        required=True,
+        key=f"{OWN}_phase",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    if started is not None:
+        run.watch("full_model_throughput", started, partial(_draw, what), key=RUN, height=_HEIGHT)
+    if recorded is not None:
+        heading(recorded, size_in_words(recorded.params), dashed=False)
+        _picture(what, recorded.found, recorded.params, f"{OWN}_recorded")
 
 
 def plan_sentence(params: full_model_throughput.Params) -> str:
@@ -67,25 +87,18 @@ def table(found: full_model_throughput.Result) -> pd.DataFrame:
     return pd.DataFrame([vars(point) for point in found.points])
 
 
-def _draw(found: full_model_throughput.Result, params: full_model_throughput.Params) -> None:
+def _draw(what: str, found: full_model_throughput.Result, params: full_model_throughput.Params) -> None:
     if found.ended == "running":
         st.caption(f"{len(found.points)} of {found.total} points are done.")
     elif found.ended != "finished":
         st.info(plain(found.ending), icon=":material/info:")
-    if len(found.points) < 2:
-        return
-    what = st.segmented_control(
-        "What is timed",
-        list(_PHASES),
-        default=DECODE,
-        required=True,
-        key=f"{OWN}_phase",
-        bind="query-params",
-        label_visibility="collapsed",
-    )
+    if len(found.points) > 1:
+        _picture(what, found, params, f"{OWN}_curves")
+
+
+def _picture(what: str, found: full_model_throughput.Result, params: full_model_throughput.Params, key: str) -> None:
     latency, speed = lines(found, _PHASES[what])
     fig = charts.throughput(latency, speed, params.batches, _WAITS[what], mode=theme.mode())
-    key = f"{OWN}_curves"
     chart.figure(fig, key=key, sentence=found.sentence, height=_HEIGHT)
     export.export(
         fig,
