@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.experiments import full_model
+from engine.experiments import full_model, full_model_step
 from engine.experiments._full_model import SWITCHES, SwitchParams
 from engine.experiments.full_model_step import Step
 from engine.experiments.full_model_switches import Result
@@ -121,8 +121,21 @@ class TestBars:
     def test_what_takes_too_long_for_a_processor_is_predicted_and_not_measured(self, lab):
         app = lab(d_model=512, num_layers=12, batch_size=16, length=128)
         assert "times less in all" in words(app)
+        assert "A run sets aside" in words(app)
         assert annotations(app, "speed").count("not measured") == 6
         assert "has not been measured yet" in words(app)
+
+    def test_no_result_is_called_previous_that_is_not_on_the_page(self, lab):
+        app = lab()
+        app.slider(key="full_model_d_model").set_value(512)
+        app.slider(key="full_model_num_layers").set_value(12)
+        app.slider(key="full_model_batch_size").set_value(64)
+        finished(app)
+        assert annotations(app, "speed")[-1] == "not measured"
+        assert "previous result" not in words(app)
+        assert "the bars are what is predicted of them" in words(app)
+        asked = full_model_step.Params(**SMALL | {"d_model": 512, "num_layers": 12, "batch_size": 64})
+        assert f"sets aside {amount(asked.memory_bytes())}".replace("\u00a0", " ") in words(app)
 
     def test_the_storyteller_has_its_own_sizes(self, lab):
         app = lab(begin="storyteller", batch_size=1)

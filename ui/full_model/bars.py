@@ -15,7 +15,7 @@ from ui.charts.full_model import Memory, Speed
 from ui.charts.memory import amount
 from ui.flash.settings import has_gpu
 from ui.full_model import measuring
-from ui.full_model.sentences import memory_sentence, named, speed_sentence
+from ui.full_model.sentences import memory_sentence, named, speed_sentence, unmeasured_sentence
 from ui.full_model.settings import PREFIX, Settings
 from ui.prose import plain
 
@@ -30,6 +30,8 @@ def bars(given: Settings) -> None:
     found = full_model.compute(params, on_cuda=on_cuda)
     measuring.follow()  # first, for it may bring the step
     step = measuring.measured(params)
+    if step is None and run.problem(measuring.ONE) is not None:
+        st.caption(plain(unmeasured_sentence(params, found.chosen)))
     pictures, below = st.container(), st.container()
     with below:
         _buttons(params, step)

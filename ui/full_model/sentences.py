@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.experiments import full_model
-from engine.experiments._full_model import SWITCHES
+from engine.experiments import full_model, full_model_step
+from engine.experiments._full_model import SWITCHES, SwitchParams
 from engine.experiments.full_model import Moment
 from engine.experiments.full_model_step import Step
 from ui.charts.memory import amount
@@ -34,6 +34,16 @@ def memory_sentence(found: full_model.Result, step: Step | None) -> str:
     ranked = sorted(saved, key=lambda name: -abs(saved[name]))
     effects = ", ".join(f"{SWITCHES[name]} {memory_effect(saved[name])}" for name in ranked)
     return f"{words}. With the others as they are set, {effects}."
+
+
+def unmeasured_sentence(params: SwitchParams, made: full_model.Prediction) -> str:
+    """What the bars are where nothing could be measured, and what a run sets aside."""
+    needed = full_model_step.Params(**params.model_dump()).memory_bytes()
+    return (
+        "Nothing is measured with these settings: the bars are what is predicted of them. A run sets aside "
+        f"{amount(needed)}: the {amount(made.memory.peak.total)} of the step, the plain model that is built before it, "
+        "and a fifth in reserve."
+    )
 
 
 def saved_bytes(found: full_model.Result, name: str) -> int:
