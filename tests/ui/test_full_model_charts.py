@@ -45,8 +45,9 @@ def test_both_figures_have_their_rows_at_the_same_places():
 
 
 def test_what_was_not_measured_is_not_drawn_but_told():
-    fig = charts.speed([Speed("As set", 20.0, 19.0, 22.0), Speed("without LoRA")])
+    fig = charts.speed([Speed("As set", 20.0, 19.0, 22.0, "range of 5 turns"), Speed("without LoRA")])
     (bars,) = fig.data
+    assert bars.customdata[0][1] == "20 ms; range of 5 turns 19 to 22"
     assert list(bars.x) == [20]
     assert (bars.error_x.array[0], bars.error_x.arrayminus[0]) == (2, 1)
     said = [note.text for note in fig.layout.annotations]

@@ -59,13 +59,15 @@ class Speed:
     Args:
         label: what stands above the bar.
         median: milliseconds of a step; None where nothing was measured.
-        low, high: the 10th and the 90th percentile.
+        low, high: where its times begin and end.
+        ends: what these two are, in words.
     """
 
     label: str
     median: float | None = None
     low: float = 0.0
     high: float = 0.0
+    ends: str = ""
 
 
 def height(rows: int) -> int:
@@ -138,7 +140,7 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
     known = [index for index, row in enumerate(rows) if row.median is not None]
     fig = go.Figure()
     fig.add_bar(
-        name="median, and from the 10th to the 90th percentile",
+        name="median and spread",
         orientation="h",
         x=[rows[index].median for index in known],
         y=[places[index] for index in known],
@@ -167,7 +169,7 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
 
 
 def _span(row: Speed) -> str:
-    return f"{_digits(row.median)} ms, {_digits(row.low)} to {_digits(row.high)}"
+    return f"{_digits(row.median)} ms; {row.ends} {_digits(row.low)} to {_digits(row.high)}"
 
 
 def _digits(milliseconds: float) -> str:

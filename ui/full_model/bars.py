@@ -15,7 +15,7 @@ from ui.charts.full_model import Memory, Speed
 from ui.charts.memory import amount
 from ui.flash.settings import has_gpu
 from ui.full_model import measuring
-from ui.full_model.sentences import memory_sentence, named, speed_sentence, unmeasured_sentence
+from ui.full_model.sentences import memory_sentence, named, speed_sentence, spread, unmeasured_sentence
 from ui.full_model.settings import PREFIX, Settings
 from ui.prose import plain
 
@@ -55,6 +55,7 @@ def _draw(params: SwitchParams, found: full_model.Result, rows: dict[str, Row]) 
     left, right = st.columns(2)
     (_, step), *_ = rows.values()
     flipped = {name: measuring.known(params, **flip) for name, flip in measuring.flips(params).items()}
+    off = measuring.known(params, **dict.fromkeys(SWITCHES, False)) if OFF in rows else None
     asked = full_model.Params(**params.model_dump())
     memories = charts.memory(
         [Memory(label, made.memory.peak.parts, took and took.peak_bytes) for label, (made, took) in rows.items()],
@@ -63,7 +64,7 @@ def _draw(params: SwitchParams, found: full_model.Result, rows: dict[str, Row]) 
     speeds = charts.speed([_speed(label, took) for label, (_, took) in rows.items()], mode=theme.mode())
     pictures = {
         "memory": (left, memories, memory_sentence(found, step)),
-        "speed": (right, speeds, speed_sentence(step, flipped)),
+        "speed": (right, speeds, speed_sentence(step, flipped, off)),
     }
     for name, (place, fig, sentence) in pictures.items():
         key = f"{PREFIX}_{name}"
@@ -93,7 +94,7 @@ def _rows(params: SwitchParams, found: full_model.Result, step: Step | None) -> 
 def _speed(label: str, step: Step | None) -> Speed:
     if step is None:
         return Speed(label)
-    return Speed(label, step.evidence.median_ms, step.evidence.low_ms, step.evidence.high_ms)
+    return Speed(label, step.evidence.median_ms, *spread(step))
 
 
 def _buttons(params: SwitchParams, step: Step | None) -> None:
