@@ -93,6 +93,7 @@ class TestBars:
             "As set", "without LoRA", "without 4-bit base", "with FlashAttention", "without MoE-LoRA", "everything off",
         ]  # fmt: skip
         found = full_model.compute(SwitchParams(**SMALL, flash=False))
+        assert table["training FLOPs/token"].tolist()[0] == f"{found.chosen.flops.step:,.0f}"
         assert table["numbers"].tolist()[0] == f"{found.chosen.total.total:,}"
         assert table["learn"].tolist()[-1] == f"{found.off.total.learning:,}"
 

@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 from ui import theme
 from ui.charts.memory import amount, unit_of
 
-_THICK, _THIN, _GHOST = 0.5, 0.26, 0.55  # widths of bars, where rows are 1 apart; opacity of a ghost
+_THICK, _THIN, _GHOST = 0.5, 0.26, 0.8  # widths of bars, where rows are 1 apart; opacity of a ghost
 _SECOND = 1.35  # where the first ghost is, below the thick bar at 0
-_ROW_PIXELS, _ABOVE_PIXELS, _BELOW_PIXELS = 50, 8, 178  # below is room for an axis and four rows of a legend
+_ROW_PIXELS, _ABOVE_PIXELS, _BELOW_PIXELS = 50, 8, 150  # below is room for an axis and five rows of a legend
 _LOOKS: dict[str, tuple[int, str]] = {
     "weights": (0, ""),
     "scales": (0, "/"),
@@ -165,6 +165,7 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
     _lay_out(fig, [row.label for row in rows], ends, surface, title="ms a step")
     if rows[0].median is not None:
         _mark(fig, rows[0].median, surface)
+    fig.update_xaxes(visible=bool(known))
     return fig
 
 
@@ -224,7 +225,7 @@ def _lay_out(
         legend={
             "orientation": "h",
             "x": 0,
-            "y": -54 / (_ROW_PIXELS * (len(labels) + 1)),
+            "y": -48 / (_ROW_PIXELS * (len(labels) + 1)),
             "yanchor": "top",
             "traceorder": "normal",
         },

@@ -127,10 +127,9 @@ def _table(rows: dict[str, Row]) -> pd.DataFrame:
                 "numbers": f"{made.total.total:,}",
                 "learn": f"{made.total.learning:,}",
                 "model": amount(sum(made.model_bytes.values())),
-                "FLOPs a token": f"{made.flops.forward:,.0f}",
-                "in a step": f"{made.flops.step:,.0f}",
-                "step, predicted": amount(made.memory.peak.total),
-                "step, measured": "—" if took is None else amount(took.peak_bytes),
+                "training FLOPs/token": f"{made.flops.step:,.0f}",
+                "step": amount(made.memory.peak.total),
+                "measured": "—" if took is None else amount(took.peak_bytes),
                 "ms": "—" if took is None else f"{took.evidence.median_ms:.3g}",
                 "tokens/s": "—" if took is None else f"{took.tokens_per_second:,.0f}",
             }
