@@ -61,3 +61,8 @@ def test_what_was_not_measured_is_not_drawn_but_told():
 def test_a_row_that_was_measured_longer_than_predicted_fits_too():
     fig = charts.memory([Memory("As set", {"weights": 1000}, 3000)])
     assert fig.layout.xaxis.range[1] > 3
+
+
+@pytest.mark.parametrize(("milliseconds", "said"), [(0.1234, "0.123"), (84.21, "84.2"), (1366.4, "1,366")])
+def test_a_time_is_told_without_an_exponent(milliseconds, said):
+    assert charts.digits(milliseconds) == said

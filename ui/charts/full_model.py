@@ -160,7 +160,7 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
         showlegend=bool(known),
     )
     ends = [
-        (0.0, "not measured") if row.median is None else (row.high, f"{_digits(row.median)}\u00a0ms") for row in rows
+        (0.0, "not measured") if row.median is None else (row.high, f"{digits(row.median)}\u00a0ms") for row in rows
     ]
     _lay_out(fig, [row.label for row in rows], ends, surface, title="ms a step")
     if rows[0].median is not None:
@@ -170,10 +170,11 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
 
 
 def _span(row: Speed) -> str:
-    return f"{_digits(row.median)} ms; {row.ends} {_digits(row.low)} to {_digits(row.high)}"
+    return f"{digits(row.median)} ms; {row.ends} {digits(row.low)} to {digits(row.high)}"
 
 
-def _digits(milliseconds: float) -> str:
+def digits(milliseconds: float) -> str:
+    """A time to three digits, e.g. ``"1,366"``."""
     return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 

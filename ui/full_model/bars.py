@@ -11,7 +11,7 @@ from engine.experiments.full_model import OFF, PARTS, Prediction
 from engine.experiments.full_model_step import Step
 from ui import chart, compare, evidence, export, run, theme
 from ui.charts import full_model as charts
-from ui.charts.full_model import Memory, Speed
+from ui.charts.full_model import Memory, Speed, digits
 from ui.charts.memory import amount
 from ui.flash.settings import has_gpu
 from ui.full_model import measuring
@@ -130,7 +130,7 @@ def _table(rows: dict[str, Row]) -> pd.DataFrame:
                 "training FLOPs/token": f"{made.flops.step:,.0f}",
                 "step": amount(made.memory.peak.total),
                 "measured": "—" if took is None else amount(took.peak_bytes),
-                "ms": "—" if took is None else f"{took.evidence.median_ms:.3g}",
+                "ms": "—" if took is None else digits(took.evidence.median_ms),
                 "tokens/s": "—" if took is None else f"{took.tokens_per_second:,.0f}",
             }
             for label, (made, took) in rows.items()

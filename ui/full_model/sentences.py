@@ -8,6 +8,7 @@ from engine.experiments import full_model, full_model_step
 from engine.experiments._full_model import SWITCHES, SwitchParams
 from engine.experiments.full_model import PARTS, Moment, Prediction
 from engine.experiments.full_model_step import Step
+from ui.charts.full_model import digits
 from ui.charts.memory import amount
 
 _CLOSE = 0.0005  # of the measured memory: said to be the same
@@ -107,7 +108,7 @@ def speed_sentence(step: Step | None, flipped: Mapping[str, Step | None], off: S
         return "A step with these settings has not been measured yet."
     low, high, what = spread(step)
     words = (
-        f"A step takes {_ms(step.evidence.median_ms)} ms ({what} {_ms(low)} to {_ms(high)}), "
+        f"A step takes {digits(step.evidence.median_ms)} ms ({what} {digits(low)} to {digits(high)}), "
         f"{step.tokens_per_second:,.0f} tokens a second."
     )
     pairs = {
@@ -119,7 +120,7 @@ def speed_sentence(step: Step | None, flipped: Mapping[str, Step | None], off: S
         words += f" {'; '.join(f'{SWITCHES[name]} {speed_effect(*pair)}' for name, pair in pairs.items())}."
     if off is not None:
         words += (
-            f" With everything off it takes {_ms(off.evidence.median_ms)} ms: what is on {speed_effect(step, off)}."
+            f" With everything off it takes {digits(off.evidence.median_ms)} ms: what is on {speed_effect(step, off)}."
         )
     if not pairs:
         return f"{words} Flip a switch and flip it back, or measure every switch, to see what each is worth."
@@ -139,7 +140,8 @@ def speed_effect(on: Step, off: Step) -> str:
     """What a switch does to a step's time, and whether that can be told from chance."""
     one, other = on.evidence.median_ms, off.evidence.median_ms
     if not apart(on, off):
-        return f"{'adds' if one > other else 'takes off'} about {_ms(abs(one - other))} ms, which is within the spread"
+        what = "adds" if one > other else "takes off"
+        return f"{what} about {digits(abs(one - other))} ms, which is within the spread"
     ratio = one / other
     return f"makes a step {ratio:.2f} times slower" if ratio > 1 else f"makes a step {1 / ratio:.2f} times faster"
 
@@ -172,7 +174,3 @@ def _caution(steps: Sequence[Step]) -> str:
         " Not all were timed in turns, and what else the machine did meanwhile is in the difference: “Measure every "
         "switch” takes turns."
     )
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
