@@ -252,6 +252,11 @@ def ask_again(key: str) -> None:
     _keep(key, replace(_slot(key) or _Slot("", None), params=None))
 
 
+def forget(key: str) -> None:
+    """Drop what is known of `key`: for a page that keeps results itself, so that none of them is called previous."""
+    st.session_state.pop(f"_run_{key}", None)
+
+
 def _waits(slot: _Slot) -> bool:
     return slot.ticket is None or slot.ticket.state == "queued"
 

@@ -34,7 +34,10 @@ class SwitchParams(ExperimentParams):
 
     lora: bool = Field(True, title="LoRA", description="Adapters of low rank learn; the matrices beside them do not.")
     quantization: bool = Field(
-        True, title="4-bit base", description="The layers' matrices are frozen in 4 bits (NF4, double quantization)."
+        True,
+        title="4-bit base",
+        description="The layers' matrices are frozen in 4 bits (NF4, double quantization). Without adapters "
+        "only embeddings and norms learn then.",
     )
     flash: bool = Field(
         True, title="FlashAttention", description="Attention in tiles, without the matrix of its weights."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,8 +19,8 @@ ALL_WEIGHTS = "PyTorch's products, with all weights held"
 
 _MARGIN = 1.2
 _STEPS = 8  # at least, those that are not timed included
-SLOW = 3e11
-"""FLOPs that two processor cores need some ten seconds for."""
+SLOW = 4e11
+"""FLOPs that two processor cores need some ten seconds for: enough for each model at its first settings."""
 
 
 class Params(SwitchParams):
@@ -29,8 +30,8 @@ class Params(SwitchParams):
     cacheable: ClassVar[bool] = False
 
     def memory_bytes(self) -> int:
-        """What is predicted of a step, with a margin, and the published model if that is where it begins."""
-        return needed_bytes(self)
+        """What is predicted of a step and the plain model, which is there before it, with a margin."""
+        return _needed(self, full_model.predict(self, on_cuda=False))
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,22 @@ def check_time(params: SwitchParams, device: str, **switches: bool) -> None:
     flops = _STEPS * params.batch_size * params.length * predicted.flops.step
     if not device.startswith("cuda") and flops > SLOW:
         raise DoesNotFitError(
-            f"The steps that are timed come to {flops / 1e9:,.0f} GFLOP, too many for a processor to follow every "
-            f"move: choose a smaller width, depth, batch or length, {flops / SLOW:.1f} times less in all."
+            f"The steps that are timed come to {flops / 1e9:,.0f} GFLOP; a processor follows every move up to "
+            f"{SLOW / 1e9:,.0f}: choose a smaller width, depth, batch or length, {_less(flops / SLOW)} in all."
         )
 
 
+def _less(ratio: float) -> str:
+    """By how much something must shrink that is so many times too large, e.g. ``"about 2% less"``."""
+    return f"about {math.ceil(100 - 100 / ratio)}% less" if ratio < 2 else f"{ratio:,.1f} times less"
+
+
 def needed_bytes(params: SwitchParams) -> int:
-    """What measuring a step takes at its peak, before anything is built: the plain model is there before the others."""
+    """What measuring takes at its peak as the switches are set, with each of them flipped, and with none on."""
     found = full_model.compute(params)
-    most = max(each.memory.peak.total for each in (found.chosen, found.off, *found.flipped.values()))
+    return _needed(params, found.chosen, found.off, *found.flipped.values())
+
+
+def _needed(params: SwitchParams, *predicted: full_model.Prediction) -> int:
+    most = max(each.memory.peak.total for each in predicted)
     return round(_MARGIN * (most + 8 * params.architecture().num_parameters))

@@ -1,6 +1,7 @@
 """The experiments behind the whole model's bars, as a page or the command line runs them."""
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from engine import generation
 from engine.errors import DoesNotFitError, InputError
 from engine.experiments import full_model, full_model_step, full_model_switches, full_model_tests, parse
 from engine.experiments._full_model import SWITCHES, SwitchParams
-from engine.experiments._on_workers.full_model_step import build
+from engine.experiments._on_workers.full_model_step import Trial, build
 from engine.runtime.jobs import LocalJob
 
 pytestmark = pytest.mark.usefixtures("no_kernel_is_chosen")
@@ -102,9 +103,35 @@ class TestStep:
         with pytest.raises(DoesNotFitError, match="times less in all"):
             full_model_step.run(large, LocalJob())
 
+    @pytest.mark.parametrize("begin", ["fresh", "storyteller"])
+    @pytest.mark.parametrize("switches", EVERY, ids=named)
+    def test_every_combination_at_the_first_settings_is_quick_enough(self, begin, switches):
+        full_model_step.check_time(SwitchParams(begin=begin), "cpu", **switches)
+
+    def test_it_is_told_by_how_much_it_is_too_slow(self, monkeypatch):
+        params = SwitchParams(begin="storyteller")
+        monkeypatch.setattr(full_model_step, "SLOW", 2.3e11)
+        with pytest.raises(DoesNotFitError, match=r"up to 230: .* length, about 2% less in all\.$"):
+            full_model_step.check_time(params, "cpu")
+        full_model_step.check_time(params, "cuda")
+
     def test_memory_is_asked_for_before_the_start(self):
         params = full_model_step.Params(**SMALL)
-        assert params.memory_bytes() > full_model.compute(params).chosen.memory.peak.total
+        peak = full_model.compute(params).chosen.memory.peak.total
+        plain = 4 * params.architecture().num_parameters
+        assert peak + plain < params.memory_bytes() < 1.3 * (peak + 2 * plain)
+        assert params.memory_bytes() < full_model_step.needed_bytes(params)
+
+    def test_on_a_gpu_nothing_is_counted_that_only_waits_for_the_collector(self, monkeypatch):
+        class Cycle:
+            def __init__(self):
+                self.itself = self
+
+        waiting = weakref.ref(Cycle())
+        trial = object.__new__(Trial)
+        trial._device, trial._on_cuda = "cuda", True
+        monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0 if waiting() is None else 1)
+        assert trial._allocated() == 0
 
 
 @pytest.fixture

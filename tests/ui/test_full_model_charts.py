@@ -45,17 +45,24 @@ def test_both_figures_have_their_rows_at_the_same_places():
 
 
 def test_what_was_not_measured_is_not_drawn_but_told():
-    fig = charts.speed([Speed("As set", 20.0, 19.0, 22.0), Speed("without LoRA")])
+    fig = charts.speed([Speed("As set", 20.0, 19.0, 22.0, "range of 5 turns"), Speed("without LoRA")])
     (bars,) = fig.data
+    assert bars.customdata[0][1] == "20 ms; range of 5 turns 19 to 22"
     assert list(bars.x) == [20]
     assert (bars.error_x.array[0], bars.error_x.arrayminus[0]) == (2, 1)
     said = [note.text for note in fig.layout.annotations]
     assert said == ["<b>As set</b>", "without LoRA", "20\u00a0ms", "not measured"]
     nothing = charts.speed([Speed("As set")])
     assert not nothing.layout.shapes
-    assert nothing.layout.xaxis.range[1] > 0
+    assert nothing.layout.xaxis.visible is False
+    assert fig.layout.xaxis.visible
 
 
 def test_a_row_that_was_measured_longer_than_predicted_fits_too():
     fig = charts.memory([Memory("As set", {"weights": 1000}, 3000)])
     assert fig.layout.xaxis.range[1] > 3
+
+
+@pytest.mark.parametrize(("milliseconds", "said"), [(0.1234, "0.123"), (84.21, "84.2"), (1366.4, "1,366")])
+def test_a_time_is_told_without_an_exponent(milliseconds, said):
+    assert charts.digits(milliseconds) == said

@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 from ui import theme
 from ui.charts.memory import amount, unit_of
 
-_THICK, _THIN, _GHOST = 0.5, 0.26, 0.55  # widths of bars, where rows are 1 apart; opacity of a ghost
+_THICK, _THIN, _GHOST = 0.5, 0.26, 0.8  # widths of bars, where rows are 1 apart; opacity of a ghost
 _SECOND = 1.35  # where the first ghost is, below the thick bar at 0
-_ROW_PIXELS, _ABOVE_PIXELS, _BELOW_PIXELS = 50, 8, 178  # below is room for an axis and four rows of a legend
+_ROW_PIXELS, _ABOVE_PIXELS, _BELOW_PIXELS = 50, 8, 150  # below is room for an axis and five rows of a legend
 _LOOKS: dict[str, tuple[int, str]] = {
     "weights": (0, ""),
     "scales": (0, "/"),
@@ -59,13 +59,15 @@ class Speed:
     Args:
         label: what stands above the bar.
         median: milliseconds of a step; None where nothing was measured.
-        low, high: the 10th and the 90th percentile.
+        low, high: where its times begin and end.
+        ends: what these two are, in words.
     """
 
     label: str
     median: float | None = None
     low: float = 0.0
     high: float = 0.0
+    ends: str = ""
 
 
 def height(rows: int) -> int:
@@ -138,7 +140,7 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
     known = [index for index, row in enumerate(rows) if row.median is not None]
     fig = go.Figure()
     fig.add_bar(
-        name="median, and from the 10th to the 90th percentile",
+        name="median and spread",
         orientation="h",
         x=[rows[index].median for index in known],
         y=[places[index] for index in known],
@@ -158,19 +160,21 @@ def speed(rows: Sequence[Speed], *, mode: theme.Mode = "light") -> go.Figure:
         showlegend=bool(known),
     )
     ends = [
-        (0.0, "not measured") if row.median is None else (row.high, f"{_digits(row.median)}\u00a0ms") for row in rows
+        (0.0, "not measured") if row.median is None else (row.high, f"{digits(row.median)}\u00a0ms") for row in rows
     ]
     _lay_out(fig, [row.label for row in rows], ends, surface, title="ms a step")
     if rows[0].median is not None:
         _mark(fig, rows[0].median, surface)
+    fig.update_xaxes(visible=bool(known))
     return fig
 
 
 def _span(row: Speed) -> str:
-    return f"{_digits(row.median)} ms, {_digits(row.low)} to {_digits(row.high)}"
+    return f"{digits(row.median)} ms; {row.ends} {digits(row.low)} to {digits(row.high)}"
 
 
-def _digits(milliseconds: float) -> str:
+def digits(milliseconds: float) -> str:
+    """A time to three digits, e.g. ``"1,366"``."""
     return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
@@ -222,7 +226,7 @@ def _lay_out(
         legend={
             "orientation": "h",
             "x": 0,
-            "y": -54 / (_ROW_PIXELS * (len(labels) + 1)),
+            "y": -48 / (_ROW_PIXELS * (len(labels) + 1)),
             "yanchor": "top",
             "traceorder": "normal",
         },

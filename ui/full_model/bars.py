@@ -11,11 +11,11 @@ from engine.experiments.full_model import OFF, PARTS, Prediction
 from engine.experiments.full_model_step import Step
 from ui import chart, compare, evidence, export, run, theme
 from ui.charts import full_model as charts
-from ui.charts.full_model import Memory, Speed
+from ui.charts.full_model import Memory, Speed, digits
 from ui.charts.memory import amount
 from ui.flash.settings import has_gpu
 from ui.full_model import measuring
-from ui.full_model.sentences import memory_sentence, named, speed_sentence
+from ui.full_model.sentences import memory_sentence, named, speed_sentence, spread, unmeasured_sentence
 from ui.full_model.settings import PREFIX, Settings
 from ui.prose import plain
 
@@ -30,6 +30,8 @@ def bars(given: Settings) -> None:
     found = full_model.compute(params, on_cuda=on_cuda)
     measuring.follow()  # first, for it may bring the step
     step = measuring.measured(params)
+    if step is None and run.problem(measuring.ONE) is not None:
+        st.caption(plain(unmeasured_sentence(params, found.chosen)))
     pictures, below = st.container(), st.container()
     with below:
         _buttons(params, step)
@@ -53,6 +55,7 @@ def _draw(params: SwitchParams, found: full_model.Result, rows: dict[str, Row]) 
     left, right = st.columns(2)
     (_, step), *_ = rows.values()
     flipped = {name: measuring.known(params, **flip) for name, flip in measuring.flips(params).items()}
+    off = measuring.known(params, **dict.fromkeys(SWITCHES, False)) if OFF in rows else None
     asked = full_model.Params(**params.model_dump())
     memories = charts.memory(
         [Memory(label, made.memory.peak.parts, took and took.peak_bytes) for label, (made, took) in rows.items()],
@@ -61,7 +64,7 @@ def _draw(params: SwitchParams, found: full_model.Result, rows: dict[str, Row]) 
     speeds = charts.speed([_speed(label, took) for label, (_, took) in rows.items()], mode=theme.mode())
     pictures = {
         "memory": (left, memories, memory_sentence(found, step)),
-        "speed": (right, speeds, speed_sentence(step, flipped)),
+        "speed": (right, speeds, speed_sentence(step, flipped, off)),
     }
     for name, (place, fig, sentence) in pictures.items():
         key = f"{PREFIX}_{name}"
@@ -91,7 +94,7 @@ def _rows(params: SwitchParams, found: full_model.Result, step: Step | None) -> 
 def _speed(label: str, step: Step | None) -> Speed:
     if step is None:
         return Speed(label)
-    return Speed(label, step.evidence.median_ms, step.evidence.low_ms, step.evidence.high_ms)
+    return Speed(label, step.evidence.median_ms, *spread(step))
 
 
 def _buttons(params: SwitchParams, step: Step | None) -> None:
@@ -124,11 +127,10 @@ def _table(rows: dict[str, Row]) -> pd.DataFrame:
                 "numbers": f"{made.total.total:,}",
                 "learn": f"{made.total.learning:,}",
                 "model": amount(sum(made.model_bytes.values())),
-                "FLOPs a token": f"{made.flops.forward:,.0f}",
-                "in a step": f"{made.flops.step:,.0f}",
-                "step, predicted": amount(made.memory.peak.total),
-                "step, measured": "—" if took is None else amount(took.peak_bytes),
-                "ms": "—" if took is None else f"{took.evidence.median_ms:.3g}",
+                "training FLOPs/token": f"{made.flops.step:,.0f}",
+                "step": amount(made.memory.peak.total),
+                "measured": "—" if took is None else amount(took.peak_bytes),
+                "ms": "—" if took is None else digits(took.evidence.median_ms),
                 "tokens/s": "—" if took is None else f"{took.tokens_per_second:,.0f}",
             }
             for label, (made, took) in rows.items()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+import statistics
+
 import streamlit as st
 
 from engine.experiments import full_model_switches
@@ -9,7 +12,7 @@ from engine.experiments._full_model import SWITCHES
 from engine.experiments.full_model_step import Step
 from ui import guess, run
 from ui.full_model import measuring
-from ui.full_model.sentences import apart, memory_effect, named, speed_effect
+from ui.full_model.sentences import memory_effect, named, speed_effect
 from ui.full_model.settings import SAVES, SLOWS, Settings
 from ui.prose import plain
 
@@ -26,9 +29,10 @@ def predict(given: Settings) -> None:
         SAVES: "**Which switch saves most memory of a training step?**",
         SLOWS: "**Which switch slows a step most?**",
     }
+    guesses = []
     for key, question in questions.items():
         st.markdown(question)
-        st.segmented_control(
+        guessed = st.segmented_control(
             question,
             _OPTIONS,
             key=key,
@@ -39,18 +43,19 @@ def predict(given: Settings) -> None:
             disabled=running,  # what is guessed then would be for no measurement
             label_visibility="collapsed",
         )
+        guesses.append(guessed)
     started = measuring.started()
     st.button(
         "Measuring…" if running else "Measure" if started is None else "Measure again",
         key="_full_model_guess_start",
         type="primary",
         icon=":material/hourglass_top:" if running else ":material/speed:",
-        disabled=running,
+        disabled=running or None in guesses,
         on_click=measuring.measure_switches,
         args=(given.params,),
     )
     if started is None:
-        st.caption("Make your guesses, then press “Measure”: a step of each combination is timed and weighed.")
+        st.caption("Make both guesses, then press “Measure”: a step of each combination is timed and weighed.")
         return
     measuring.follow(_judge)
     if measuring.settings_of(started) != measuring.settings_of(given.params):
@@ -90,24 +95,31 @@ def memory_answer(pairs: dict[str, tuple[Step, Step]], guessed: str) -> tuple[bo
     return guessed == best, f"{words}. {'Right.' if guessed == best else f'It is {best}.'}"
 
 
-def speed_answer(pairs: dict[str, tuple[Step, Step]], guessed: str) -> tuple[bool, str]:
-    """Whether no switch slows a step more than the one that was guessed, and the answer in words.
+def speed_answer(pairs: dict[str, tuple[Step, Step]], guessed: str) -> tuple[bool | None, str]:
+    """Whether the switch that was guessed slows a step most, and the answer in words.
 
-    One slows it only if its times can be told apart.
+    A switch slows more than another, or than none, if it does in every turn; where that is so of no switch, the
+    measurement cannot tell, and the guess is neither right nor wrong: None.
     """
     slower = {
-        name: on.evidence.median_ms / off.evidence.median_ms
+        SWITCHES[name]: [mine / theirs for mine, theirs in zip(on.rounds, off.rounds, strict=True)]
         for name, (on, off) in pairs.items()
-        if apart(on, off) and on.evidence.median_ms > off.evidence.median_ms
     }
-    best = SWITCHES[max(slower, key=slower.__getitem__)] if slower else NONE
+    slower[NONE] = [1.0] * len(next(iter(slower.values())))
+    first = max(slower, key=lambda name: statistics.median(slower[name]))
+    close = [name for name, turns in slower.items() if name != first and any(map(operator.ge, turns, slower[first]))]
     effects = "; ".join(f"{SWITCHES[name]} {speed_effect(*pair)}" for name, pair in pairs.items())
     words = f"You said {guessed}. Measured: {effects}"
-    return guessed == best, f"{words}. {'Right.' if guessed == best else f'It is {best}.'}"
+    if close:
+        either = f"{', '.join([first, *close[:-1]])} or {close[-1]}"
+        return None, (
+            f"{words}. This measurement cannot tell whether it is {either}: your guess is neither right nor wrong."
+        )
+    return guessed == first, f"{words}. {'Right.' if guessed == first else f'It is {first}.'}"
 
 
-def _say(right: bool, words: str) -> None:
+def _say(right: bool | None, words: str) -> None:
     if right:
         st.success(plain(words), icon=":material/check_circle:")
     else:
-        st.info(plain(words), icon=":material/lightbulb:")
+        st.info(plain(words), icon=":material/help:" if right is None else ":material/lightbulb:")
