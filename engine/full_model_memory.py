@@ -47,13 +47,14 @@ Part = Literal[
 
 PARTS: dict[Part, str] = {
     "weights": "embeddings, norms and the layers' matrices, these in 4 bits if they are quantized",
-    "scales": "what 4-bit codes are multiplied by: a byte for every block of 64 weights, and the codebooks",
+    "scales": "what 4-bit codes are multiplied by: a byte for every block of 64 weights, 4 for every 256 blocks, and "
+    "codebooks of about 1 kB a matrix",
     "adapters": "A and B of every adapter, those of experts included",
-    "routers": "who gets the token: E·I numbers a mixture, and the bias that keeps experts busy",
-    "optimizer state": "AdamW's two running means for every trained number",
-    "gradients": "one number for every trained one",
+    "routers": "who gets the token: experts times inputs of a mixture, and the bias that keeps experts busy",
+    "optimizer state": "AdamW's two running means for every trained number, and a step's number for every tensor",
+    "gradients": "one number for every trained one, from where the backward pass has reached it",
     "activations": "what the forward pass keeps of every token for the backward pass",
-    "logits and loss": "a score for every token and every word of the vocabulary, and its gradient",
+    "logits and loss": "a score for every token and every word of the vocabulary, its logarithm and its gradient",
     "temporary tensors": "gradients of activations, attention's weights on their way, matrices unpacked for a product",
 }
 """Everything that takes memory, in the order in which it is stacked, and what it is."""
