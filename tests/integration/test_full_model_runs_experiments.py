@@ -267,7 +267,7 @@ class TestAblation:
 
     @pytest.mark.parametrize("rate", [10, 1])  # nothing comes as far as the second step, some rows not to the third
     def test_rows_that_diverge_early_cost_no_other_row_and_are_called_nothing_else(self, rate):
-        tiny = {"d_model": 32, "num_layers": 1, "num_heads": 1, "rank": 2, "experts": 2, "length": 16, "batch_size": 2}
+        tiny = {"d_model": 32, "num_layers": 1, "num_heads": 1, "rank": 2, "experts": 2, "length": 16, "batch_size": 4}
         switches = OFF | {"lora": True, "moe": True}
         params = full_model_ablation.Params(**tiny, **switches, steps=5, text=TEXT, learning_rate=rate)
         found = full_model_ablation.run(params, LocalJob())
