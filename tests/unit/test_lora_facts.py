@@ -236,7 +236,7 @@ class TestChanges:
                 each.append((model(batch.inputs) - apart).abs().max().item())
                 unmerge(model)
         found, scale = changes.merged_difference(model, lessons)
-        assert found == max(each) > min(each)
+        assert found == max(each)
         assert 0 < found < 1e-4 * scale
         assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())
 
