@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PORT   ?= 8501
+# Tests at once, but for those that time something, drive a browser or kill workers: these have the machine to themselves.
+JOBS   ?= 2
+ALONE  := $(wildcard tests/browser/test_*.py tests/performance/test_*.py) tests/integration/test_runtime.py tests/unit/test_measure.py
 
 .PHONY: run test lint browser clean
 .DEFAULT_GOAL := run
@@ -12,16 +15,22 @@ run: $(VENV)/.ready
 	$(BIN)/streamlit run app.py --server.port $(PORT)
 
 test: $(VENV)/.ready-dev lint
-	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=json --cov-report=term:skip-covered
+	$(call run-tests,$(wildcard tests/*/test_*.py))
+	$(BIN)/python -m coverage json --quiet
 	$(BIN)/python tests/coverage_tiers.py coverage.json
 
 # The tests of one tier, up to the first failure, and its own bound; coverage.json is the whole suite's alone.
 test-%: $(VENV)/.ready-dev
-	$(BIN)/python -m coverage erase
-	files=$$($(BIN)/python tests/coverage_tiers.py --tests $*) && \
-	  $(BIN)/python -m pytest -x --cov --cov-report=json:coverage-$*.json --cov-report= $$files
+	$(call run-tests,$(shell $(BIN)/python tests/coverage_tiers.py --tests $*),-x)
+	$(BIN)/python -m coverage json --quiet -o coverage-$*.json
 	$(BIN)/python tests/coverage_tiers.py coverage-$*.json $*
+
+# $(1) the files, $(2) options of pytest.
+define run-tests
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest $(2) --numprocesses $(JOBS) --dist worksteal --cov --cov-report= $(filter-out $(ALONE),$(1))
+	$(if $(filter $(ALONE),$(1)),$(BIN)/python -m pytest $(2) --cov --cov-append --cov-report= $(filter $(ALONE),$(1)))
+endef
 
 # For the browser tests, where the system has no Chromium of its own.
 browser: $(VENV)/.ready-dev

@@ -16,6 +16,7 @@ import platform
 import statistics
 import tempfile
 import timeit
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -208,17 +209,22 @@ def exclusive(device: str, timeout: float = -1) -> Iterator[None]:
     Raises:
         TimeoutError: another measurement took longer.
     """
-    with _lock(device).acquire(timeout=timeout):
-        yield
+    path = lock_path(device)
+    with FileLock(path, is_singleton=True).acquire(timeout=timeout):
+        _held[path] += 1
+        try:
+            yield
+        finally:
+            _held[path] -= 1
+
+
+_held: Counter[Path] = Counter()
+"""How often this process holds a lock now; only who holds it changes that."""
 
 
 def is_held(device: str) -> bool:
-    """Whether this thread holds the device, so that something is being measured around what it does now."""
-    return _lock(device).is_locked
-
-
-def _lock(device: str) -> FileLock:
-    return FileLock(lock_path(device), is_singleton=True)
+    """Whether this process holds the device, in whatever thread: a backward pass has threads of its own on a GPU."""
+    return _held[lock_path(device)] > 0
 
 
 def lock_path(device: str) -> Path:

@@ -83,4 +83,5 @@ def _turn(x: Tensor, table: Tensor, direction: int) -> Tensor:
     turned = planes * cos
     turned[..., 0, :].addcmul_(planes[..., 1, :], sin, value=-direction)
     turned[..., 1, :].addcmul_(planes[..., 0, :], sin, value=direction)
-    return turned.flatten(-2).to(x.dtype)
+    turned = turned.flatten(-2)  # and no `.to` that does nothing: compiled, PyTorch 2.11 finds no way back through it
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise; as many test processes as cores share these
 os.environ["HF_HUB_OFFLINE"] = "1"  # likewise, by huggingface_hub
 
 

@@ -162,7 +162,7 @@ def resolve(
 ) -> Backend:
     """The backend for this call: a starter for the first calls of a kind, then the fastest.
 
-    A starter it is as well while `torch.compile` traces, a CUDA graph is recorded or this thread measures something
+    A starter it is as well while `torch.compile` traces, a CUDA graph is recorded or this process measures something
     that the call is a part of, for a single query, whose cache grows through many kinds, and where measuring fails. A
     backend that plans for every shape serves those that have come often, and the best of the others the rest.
     """

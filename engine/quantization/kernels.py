@@ -164,7 +164,6 @@ def dequantize_blocks(
 
 _SMALLEST = tl.constexpr(2.0**-126)
 _LARGEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).max)
-_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 _SMALLEST_BITS = tl.constexpr(1 << 23)
 _INFINITE_BITS = tl.constexpr(0xFF << 23)
 
@@ -223,10 +222,10 @@ def _dequantize_kernel(
     if NESTED_SIZE > 0:
         outer = tl.load(outer_scales_ptr + block // NESTED_SIZE, mask=there, other=0)
         scale = tl.load(scale_levels_ptr + scale.to(tl.int32)) * outer + tl.load(mean_ptr)
-        scale = tl.clamp(scale, -_LARGEST_FLOAT32, _LARGEST_FLOAT32, _KEEP_NAN)
+        scale = tl.clamp(scale, -_LARGEST_FLOAT32, _LARGEST_FLOAT32, propagate_nan=tl.PropagateNan.ALL)
     high = tl.load(levels_ptr + (codes >> 4)) * scale[:, None]
     low = tl.load(levels_ptr + (codes & 15)) * scale[:, None]
-    w = tl.clamp(tl.join(high, low).reshape(BLOCKS, BLOCK_SIZE), -LARGEST, LARGEST, _KEEP_NAN)
+    w = tl.clamp(tl.join(high, low).reshape(BLOCKS, BLOCK_SIZE), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     place = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)  # (P, S)
     tl.store(w_ptr + place, w.to(w_ptr.dtype.element_ty), mask=place < count)
 

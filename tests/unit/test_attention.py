@@ -301,6 +301,16 @@ class TestRotary:
         assert torch.autograd.gradcheck(lambda x: rotate(x, table.double()), x)
         assert torch.autograd.gradgradcheck(lambda x: rotate(x, table.double()), x)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_compiled_it_has_the_same_gradients(self, dtype):
+        torch._dynamo.reset()
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        upstream = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        table = RotaryEmbedding(8).table(torch.arange(5))
+        compiled = torch.compile(rotate, backend="aot_eager")
+        found, wanted = (torch.autograd.grad(turn(x, table), x, upstream)[0] for turn in (compiled, rotate))
+        torch.testing.assert_close(found, wanted)
+
     def test_saves_nothing_but_the_table(self):
         x, table = normal(2, 3, 5, 8).requires_grad_(), RotaryEmbedding(8).table(torch.arange(5))
         saved = []

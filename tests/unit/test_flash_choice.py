@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from engine.errors import InputError
 from engine.flash import choice
 from engine.flash.attention import FlashAttention
 from engine.flash.backends import BACKENDS, standard_attention
 from engine.flash.choice import Errors, error_against_reference, fastest
-from engine.measure import Evidence, exclusive, measure_time
+from engine.measure import Evidence, exclusive, lock_path, measure_time
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -257,6 +258,18 @@ def test_nothing_is_measured_for_a_single_query_or_inside_a_measurement(monkeypa
         resolved(drawn())
 
 
+def test_nothing_is_measured_by_a_thread_of_what_is_measured(monkeypatch):
+    """On a GPU autograd computes in threads of its own, and who holds the device waits for them."""
+    monkeypatch.setattr(choice, "_measured", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(choice, "LONGEST_WAIT", 60.0)
+    found = []
+    with exclusive("cpu"):
+        thread = threading.Thread(target=lambda: found.append(resolved(drawn())))
+        thread.start()
+        thread.join(20)
+    assert found == ["torch-flash"]
+
+
 def test_what_is_measured_may_choose_for_itself():
     layer = FlashAttention(16, calls_before_measuring=2)
     evidence = measure_time(lambda: layer(*drawn()), "cpu", dtype=torch.float32, shape="-", runs=20)
@@ -271,7 +284,7 @@ def test_a_device_that_is_busy_for_long_is_not_waited_for(monkeypatch):
     held, over = threading.Event(), threading.Event()
 
     def hold():
-        with exclusive("cpu"):
+        with FileLock(lock_path("cpu")):  # as another process does
             held.set()
             over.wait(10)
 
