@@ -758,6 +758,7 @@ def test_what_crosses_to_the_web_process_is_plain(module):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # a sweep waits while another process measures
 class TestOnGpu:
     @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
     def test_standard_attention_ends_and_flash_goes_on(self, direction):
