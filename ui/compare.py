@@ -52,10 +52,14 @@ def difference(pinned: ExperimentParams, current: ExperimentParams) -> str:
     if not changed:
         return "A and B are the same; change a setting to compare."
     sides = (
-        f"{side}: " + ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in changed)
+        f"{side}: " + ", ".join(f"{name.replace('_', ' ')} {_in_words(values[name])}" for name in changed)
         for side, values in (("A", a), ("B", b))
     )
     return " · ".join(sides)
+
+
+def _in_words(value: object) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _read(model: type[Params], name: str) -> Params | None:

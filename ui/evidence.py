@@ -25,15 +25,16 @@ def evidence(measured: Mapping[str, Any] | Any) -> None:
 
 def line(facts: Mapping[str, Any]) -> str:
     """The evidence in a line, e.g. ``"median 1.24 ms (1.20 to 1.31) · 10 runs · Xeon Gold · float32"``."""
-    spread = f"({facts['low_ms']:.3g} to {facts['high_ms']:.3g})"
-    return f"median {facts['median_ms']:.3g} ms {spread} · {facts['runs']} runs · {facts['device']} · {facts['dtype']}"
+    low, median, high = (_digits(facts[name], 3) for name in ("low_ms", "median_ms", "high_ms"))
+    return f"median {median} ms ({low} to {high}) · {facts['runs']} runs · {facts['device']} · {facts['dtype']}"
 
 
 def rows(facts: Mapping[str, Any]) -> dict[str, str]:
     """Everything known about the measurement, by name in words."""
+    low, median, high = (_digits(facts[name], 4) for name in ("low_ms", "median_ms", "high_ms"))
     return {
-        "median": f"{facts['median_ms']:.4g} ms",
-        "10th to 90th percentile": f"{facts['low_ms']:.4g} to {facts['high_ms']:.4g} ms",
+        "median": f"{median} ms",
+        "10th to 90th percentile": f"{low} to {high} ms",
         "timed runs": str(facts["runs"]),
         "warm-up": facts["warmup"],
         "device": facts["device"],
@@ -41,6 +42,12 @@ def rows(facts: Mapping[str, Any]) -> dict[str, str]:
         "what was computed": facts["shape"],
         **{f"{name} version": version for name, version in facts["versions"].items()},
     }
+
+
+def _digits(number: float, digits: int) -> str:
+    """That many digits, 3 or 4; all that stand before the point from a thousand on."""
+    rounded = float(f"{number:.{digits}g}")
+    return f"{rounded:.{digits}g}" if rounded < 1000 else f"{number:,.0f}"
 
 
 class Measured(Protocol):

@@ -100,7 +100,7 @@ class TestBars:
     def test_pinned_it_stays_beside_what_comes(self, lab):
         app = flip(press(lab(), "_full_model_pin_set"), "lora")
         assert "A, pinned" in annotations(app, "memory")
-        assert "A: lora True" in words(app)
+        assert "A: lora on · B: lora off" in words(app)
 
     @pytest.mark.parametrize(
         ("query", "sentence"),

@@ -123,6 +123,19 @@ def test_evidence_in_a_line_and_in_full():
     assert len(rows) == 9
 
 
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ((0.0123, 0.01234, 0.2), "median 0.0123 ms (0.0123 to 0.2)"),
+        ((998.4, 999.6, 1374.2), "median 1,000 ms (998 to 1,374)"),
+    ],
+)
+def test_a_long_time_is_written_out(times, said):
+    facts = dict(zip(("low_ms", "median_ms", "high_ms"), times, strict=True))
+    found = evidence.line(facts | {"runs": 10, "device": "Some CPU", "dtype": "float32"})
+    assert found == f"{said} · 10 runs · Some CPU · float32"
+
+
 def test_source_is_what_stands_in_the_file():
     found = source.read("engine.runtime.jobs:LocalJob.report")
     lines = (ROOT / found.path).read_text().splitlines()

@@ -184,9 +184,10 @@ def test_ceilings_are_of_what_was_timed_and_no_size_beats_them_by_far(dtype):
     side, elements = 512, 2**24
     a, source = torch.randn(side, side).to(dtype), torch.ones(elements, dtype=dtype)
     target = torch.empty_like(source)
-    product = measure_time(lambda: a @ a, "cpu", dtype=dtype, shape="-", runs=5)
+    layouts = (a, a.mT)  # of which one may be ten times as slow, where the processor knows no bfloat16
+    product = min(measure_time(lambda b=b: a @ b, "cpu", dtype=dtype, shape="-", runs=5).low_ms for b in layouts)
     copy = measure_time(lambda: target.copy_(source), "cpu", dtype=dtype, shape="-", runs=5)
-    assert 1 / 10 < 2 * side**3 / product.low_ms * 1e3 / found.flops < 10
+    assert 1 / 10 < 2 * side**3 / product * 1e3 / found.flops < 10
     assert 1 / 10 < 2 * source.nbytes / copy.low_ms * 1e3 / found.bandwidth < 10
     assert found.copy.dtype == str(dtype).removeprefix("torch.")
 
