@@ -338,12 +338,11 @@ def _memory_sentence(rows: Sequence[Row]) -> str:
     if plain is None or not alone:
         return "Memory cannot be compared: too few rows came as far as the step that is weighed."
     best = min(alone, key=lambda row: row.peak_bytes)
+    size, unit, digits = (1e9, "GB", 2) if plain.peak_bytes >= 1e9 else (1e6, "MB", 1)
+    before, after = (f"{row.peak_bytes / size:.{digits}f}" for row in (plain, best))
     if best.peak_bytes >= plain.peak_bytes:
-        return f"Alone, none makes a step take less memory than nothing on, {plain.peak_bytes / 1e6:.1f} MB."
-    return (
-        f"Alone, {best.name} saves most memory: a step takes {best.peak_bytes / 1e6:.1f} MB at its peak instead of "
-        f"{plain.peak_bytes / 1e6:.1f}."
-    )
+        return f"Alone, none makes a step take less memory than nothing on, {before} {unit}."
+    return f"Alone, {best.name} saves most memory: a step takes {after} {unit} at its peak instead of {before}."
 
 
 def _time_sentence(rows: Sequence[Row]) -> str:

@@ -343,6 +343,11 @@ class TestSentence:
         assert "MoE-LoRA costs most time: 20 ms" in said
         assert "with one seed that may be luck" in said
 
+    def test_a_large_model_is_told_in_gigabytes(self):
+        rows = [row(NOTHING, (), peak=11_046_644_736), row("LoRA", ("lora",), peak=980_400_000)]
+        assert "a step takes 0.98 GB at its peak instead of 11.05." in describe_rows(rows)
+        assert "less memory than nothing on, 11.05 GB." in describe_rows([rows[0], row("LoRA", ("lora",), peak=12e9)])
+
     @pytest.mark.parametrize(("ms", "word"), [(20, "and 2 times the time"), (10.5, "cannot be told from that")])
     def test_all_together_are_held_against_nothing(self, ms, word):
         rows = [row(NOTHING, ()), row("LoRA", ("lora",)), row(EVERYTHING, ("lora", "moe"), ms=ms, peak=20e6)]

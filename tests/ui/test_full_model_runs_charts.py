@@ -1,6 +1,7 @@
 """The pictures of the whole model's runs carry the numbers they are given, rows and lines where they belong."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ class TestAblation:
         assert fig.layout.xaxis2.range[1] > 1.3 * 12_500
         assert "MB" in fig.layout.xaxis.title.text
         assert "tokens/s" in fig.layout.xaxis2.title.text
+
+    def test_a_large_model_is_told_in_gigabytes(self):
+        rows = [replace(ROWS[0], peak_bytes=11_046_644_736), replace(ROWS[1], peak_bytes=8_408_370_832)]
+        fig = charts.ablation(rows, 2)
+        texts = {(note.xref, note.y): note.text for note in fig.layout.annotations}
+        assert (texts["x", rows[0].name], texts["x", rows[1].name]) == ("11", "8.41")
+        assert "GB" in fig.layout.xaxis.title.text
+        assert all("GB" in trace.hovertemplate for trace in fig.data[:2])
+        np.testing.assert_allclose(np.add(fig.data[0].x, fig.data[1].x), [11.046644736, 8.408370832])
 
     def test_a_row_without_a_step_has_no_bar_but_the_word(self):
         nan = float("nan")
@@ -110,6 +120,16 @@ class TestThroughput:
             places = sorted(note.y for note in notes)
             assert min(np.diff(places)) >= 0.14 * (high - low)
             assert low < places[0] <= places[-1] < high
+
+    @pytest.mark.parametrize("reach", [1.2, 2, 4, 10, 40, 1000])
+    def test_an_axis_has_numbers_however_short_it_is(self, reach):
+        line = charts.Line("32 tokens", [1, 2], [6.5, 6.5 * reach], [6.4, 6.4 * reach], [6.6, 6.6 * reach])
+        fig = charts.throughput([line], [line], (1, 2), "one token more")
+        for axis in (fig.layout.yaxis, fig.layout.yaxis2):
+            digits = {"D1": range(1, 10), "D2": (1, 2, 5), 1: (1,)}[axis.dtick]
+            ticks = [digit * 10**power for power in range(6) for digit in digits]
+            low, high = (10**end for end in axis.range)
+            assert 2 <= sum(low < tick < high for tick in ticks) <= 12
 
     def test_lines_that_have_only_begun_are_drawn(self):
         fig = charts.throughput(lines(1, points=1), lines(1, points=1), (1, 2, 4), "one token more")

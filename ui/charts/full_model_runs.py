@@ -13,11 +13,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ui import theme
+from ui.charts.memory import unit_of
 
 _LEFT = 148  # pixels for the rows' names
 _ROW = 34  # pixels of a row
 _TEXT = {"size": 12}
 _ROOM = 1.45  # of the longest bar, so that its label fits behind it
+_TICKS = ((0.8, "D1"), (1.6, "D2"), (math.inf, 1))  # of a logarithmic axis: up to so many decades, Plotly's dtick
 _APART = 0.075  # of the axis: labels of lines are at least so far from each other
 
 
@@ -74,14 +76,16 @@ def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> 
     weighed = [row for row in rows if row.peak_bytes]
     timed = [row for row in rows if not math.isnan(row.speed)]
     places = [*(row.name for row in rows), *(" " * place for place in range(1, total - len(rows) + 1))]
+    most = max((row.peak_bytes for row in weighed), default=10**6)
+    size, unit = unit_of(most)
     fig = go.Figure()
-    for name, values, colour, hover in (
-        ("weights", [row.model_bytes / 1e6 for row in weighed], colours[1], "%{y}: weights %{x:.3g} MB<extra></extra>"),
+    for name, values, colour, what in (
+        ("weights", [row.model_bytes / size for row in weighed], colours[1], "weights"),
         (
             "the rest of a step",
-            [max(0, row.peak_bytes - row.model_bytes) / 1e6 for row in weighed],
+            [max(0, row.peak_bytes - row.model_bytes) / size for row in weighed],
             colours[0],
-            "%{y}: gradients, AdamW's means, activations %{x:.3g} MB<extra></extra>",
+            "gradients, AdamW's means, activations",
         ),
     ):
         fig.add_bar(
@@ -90,7 +94,7 @@ def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> 
             name=name,
             orientation="h",
             marker={"color": colour},
-            hovertemplate=hover,
+            hovertemplate=f"%{{y}}: {what} %{{x:.3g}} {unit}<extra></extra>",
         )
     fig.add_bar(
         y=[row.name for row in timed],
@@ -113,12 +117,11 @@ def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> 
         showlegend=False,
     )
     for row in rows:
-        peak, speed = (row.peak_bytes / 1e6, f"{row.peak_bytes / 1e6:.3g}"), (row.high, _short(row.speed))
+        peak, speed = (row.peak_bytes / size, f"{row.peak_bytes / size:.3g}"), (row.high, _short(row.speed))
         for axis, there, (end, text) in (("x", row in weighed, peak), ("x2", row in timed, speed)):
             fig.add_annotation(
                 x=end if there else 0, text=text if there else "diverged", xref=axis, **_label(row, surface)
             )
-    most = max((row.peak_bytes / 1e6 for row in weighed), default=1.0)
     fastest = max((row.high for row in timed), default=1.0)
     across = {"fixedrange": True, "nticks": 3, "zeroline": False}
     return fig.update_layout(
@@ -127,7 +130,7 @@ def ablation(rows: Sequence[Row], total: int, *, mode: theme.Mode = "light") -> 
         margin={"l": _LEFT, "r": 8, "t": 60, "b": 52},
         dragmode=False,
         legend={"orientation": "h", "x": 0, "xref": "paper", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
-        xaxis={"domain": [0, 0.48], "range": [0, _ROOM * most], "title": "MB a step", **across},
+        xaxis={"domain": [0, 0.48], "range": [0, _ROOM * most / size], "title": f"{unit} a step", **across},
         xaxis2={"domain": [0.52, 1], "range": [0, _ROOM * fastest], "title": "tokens/s", "anchor": "y",
                 "tickformat": "~s", **across},
         yaxis={"categoryorder": "array", "categoryarray": places[::-1], "range": [-0.5, total - 0.5],
@@ -207,7 +210,7 @@ def throughput(
                     "range": [low, high],
                     "domain": [0.56, 1] if top else [0, 0.44],
                     "title": f"{waits}, ms" if top else "all texts, tokens/s",
-                    "dtick": "D2" if high - low < 1.6 else 1,
+                    "dtick": next(step for reach, step in _TICKS if high - low < reach),
                     "tickformat": "~s" if not top else "~g",
                     "fixedrange": True,
                 }
