@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 PORT   ?= 8501
 # Tests at once, but for those that time something, drive a browser or kill workers: these have the machine to themselves.
 JOBS   ?= 2
-ALONE  := $(wildcard tests/browser/test_*.py tests/performance/test_*.py) tests/integration/test_runtime.py tests/unit/test_measure.py
+ALONE  := $(wildcard tests/browser/test_*.py tests/performance/test_*.py) tests/integration/test_runtime.py \
+          tests/unit/test_flash_choice.py tests/unit/test_measure.py
+PYTEST  = $(BIN)/python -m pytest --cov --cov-report=
 
 .PHONY: run test lint browser clean
 .DEFAULT_GOAL := run
@@ -15,21 +17,24 @@ run: $(VENV)/.ready
 	$(BIN)/streamlit run app.py --server.port $(PORT)
 
 test: $(VENV)/.ready-dev lint
-	$(call run-tests,$(wildcard tests/*/test_*.py))
-	$(BIN)/python -m coverage json --quiet
+	$(call run-tests,$(wildcard tests/*/test_*.py),coverage.json)
 	$(BIN)/python tests/coverage_tiers.py coverage.json
 
 # The tests of one tier, up to the first failure, and its own bound; coverage.json is the whole suite's alone.
 test-%: $(VENV)/.ready-dev
-	$(call run-tests,$(shell $(BIN)/python tests/coverage_tiers.py --tests $*),-x)
-	$(BIN)/python -m coverage json --quiet -o coverage-$*.json
+	$(call run-tests,$(or $(shell $(BIN)/python tests/coverage_tiers.py --tests $*),$(error There is no tier $*)),coverage-$*.json,-x)
 	$(BIN)/python tests/coverage_tiers.py coverage-$*.json $*
 
-# $(1) the files, $(2) options of pytest.
+# $(1) the files, $(2) the report, $(3) pytest's options: with some, a failure of the first half ends it.
 define run-tests
+	rm -f $(2)
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest $(2) --numprocesses $(JOBS) --dist worksteal --cov --cov-report= $(filter-out $(ALONE),$(1))
-	$(if $(filter $(ALONE),$(1)),$(BIN)/python -m pytest $(2) --cov --cov-append --cov-report= $(filter $(ALONE),$(1)))
+	failed=; $(if $(filter-out $(ALONE),$(1)), \
+	  $(PYTEST) $(3) --numprocesses $(JOBS) --dist worksteal $(filter-out $(ALONE),$(1)) || failed=yes;) \
+	$(if $(3),[ -z "$$failed" ] || exit 1;) $(if $(filter $(ALONE),$(1)), \
+	  $(PYTEST) $(3) --cov-append $(filter $(ALONE),$(1)) || failed=yes;) \
+	[ -z "$$failed" ]
+	$(BIN)/python -m coverage json --quiet -o $(2)
 endef
 
 # For the browser tests, where the system has no Chromium of its own.

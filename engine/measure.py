@@ -219,7 +219,8 @@ def exclusive(device: str, timeout: float = -1) -> Iterator[None]:
 
 
 _held: Counter[Path] = Counter()
-"""How often this process holds a lock now; only who holds it changes that."""
+"""How often this process holds a lock now; only who holds it changes that, and a child holds nothing."""
+os.register_at_fork(after_in_child=_held.clear)
 
 
 def is_held(device: str) -> bool:

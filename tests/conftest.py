@@ -10,8 +10,9 @@ import sys
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise; as many test processes as cores share these
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the test processes share the cores
+    threads = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 os.environ["HF_HUB_OFFLINE"] = "1"  # likewise, by huggingface_hub
 
 

@@ -59,7 +59,7 @@ def difference(pinned: ExperimentParams, current: ExperimentParams) -> str:
 
 
 def _in_words(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _read(model: type[Params], name: str) -> Params | None:

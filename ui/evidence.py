@@ -46,8 +46,8 @@ def rows(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _digits(number: float, digits: int) -> str:
     """That many digits, 3 or 4; all that stand before the point from a thousand on."""
-    rounded = float(f"{number:.{digits}g}")
-    return f"{rounded:.{digits}g}" if rounded < 1000 else f"{number:,.0f}"
+    text = f"{number:.{digits}g}"
+    return text if float(text) < 1000 else f"{number:,.0f}"
 
 
 class Measured(Protocol):

@@ -162,9 +162,9 @@ def resolve(
 ) -> Backend:
     """The backend for this call: a starter for the first calls of a kind, then the fastest.
 
-    A starter it is as well while `torch.compile` traces, a CUDA graph is recorded or this process measures something
-    that the call is a part of, for a single query, whose cache grows through many kinds, and where measuring fails. A
-    backend that plans for every shape serves those that have come often, and the best of the others the rest.
+    A starter it is as well while `torch.compile` traces, a CUDA graph is recorded or this process measures something,
+    which the call may be a part of, for a single query, whose cache grows through many kinds, and where measuring
+    fails. A backend that plans for every shape serves those that have come often, and the best of the others the rest.
     """
     if torch.compiler.is_compiling() or (Q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return BACKENDS[_starter(str(Q.device), Q.dtype, Q.shape[-1], grad)]

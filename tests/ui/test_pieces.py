@@ -119,6 +119,8 @@ def test_evidence_in_a_line_and_in_full():
     }
     assert evidence.line(facts) == "median 1.23 ms (1.2 to 1.31) · 10 runs · Some CPU · float32"
     rows = evidence.rows(facts)
+    assert rows["median"] == "1.235 ms"
+    assert rows["10th to 90th percentile"] == "1.2 to 1.31 ms"
     assert rows["torch version"] == "2.13.0"
     assert len(rows) == 9
 

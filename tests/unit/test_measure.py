@@ -151,6 +151,15 @@ def test_what_a_measurement_does_in_other_threads_is_a_part_of_it():
     assert found == [True]
 
 
+def test_a_child_holds_nothing():
+    with exclusive("cpu"):
+        child = os.fork()
+        if child == 0:
+            os._exit(is_held("cpu"))
+        assert os.waitpid(child, 0)[1] == 0
+        assert is_held("cpu")
+
+
 def test_what_another_process_holds_is_not_held_here():
     with FileLock(lock_path("cpu")):
         assert not is_held("cpu")
