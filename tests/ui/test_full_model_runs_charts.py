@@ -114,7 +114,12 @@ class TestThroughput:
         fig = charts.throughput(lines(3, seed=seed), lines(3, seed=seed), (1, 2, 4, 8), "one token more")
         for axis in ("y", "y2"):
             notes = [note for note in fig.layout.annotations if note.yref == axis]
-            assert {note.text for note in notes} == {"32 tokens", "64 tokens", "128 tokens"}
+            drawn = [trace for trace in fig.data if trace.yaxis == axis]
+            assert {trace.name for trace in drawn} == {"32 tokens", "64 tokens", "128 tokens"}
+            for trace in drawn:  # the name has the line's colour and marker before it
+                (note,) = (note for note in notes if note.text.endswith(f"</span> {trace.name}"))
+                assert trace.line.color in note.text
+                assert {"circle": "●", "square": "■", "diamond": "◆"}[trace.marker.symbol] in note.text
             assert all(note.x == pytest.approx(math.log10(8)) for note in notes)
             low, high = fig.layout[axis.replace("y", "yaxis")].range
             places = sorted(note.y for note in notes)

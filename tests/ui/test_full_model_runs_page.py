@@ -157,6 +157,9 @@ class TestRecorded:
         app = lab(THROUGHPUT)
         drawn = spec(app, "full_model_throughput_recorded")["data"]
         assert "not measured now" in words(app)
+        assert "Recorded with LoRA, 4-bit base, FlashAttention, MoE-LoRA on, whatever is switched on here." in words(
+            app
+        )
         app.button_group(key="full_model_throughput_phase").set_value(throughput.PREFILL)
         finished(app)
         assert spec(app, "full_model_throughput_recorded")["data"] != drawn

@@ -20,6 +20,7 @@ _ROW = 34  # pixels of a row
 _TEXT = {"size": 12}
 _ROOM = 1.45  # of the longest bar, so that its label fits behind it
 _TICKS = ((0.8, "D1"), (1.6, "D2"), (math.inf, 1))  # of a logarithmic axis: up to so many decades, Plotly's dtick
+_MARKERS = (("circle", "●"), ("square", "■"), ("diamond", "◆"))  # of a line, and of its name
 _APART = 0.075  # of the axis: labels of lines are at least so far from each other
 
 
@@ -170,7 +171,7 @@ def throughput(
     fig = go.Figure()
     for axis, lines, unit in (("y", latency, "ms"), ("y2", speed, "tokens/s")):
         for index, line in enumerate(lines):
-            colour = colours[index % len(colours)]
+            colour, symbol = colours[index % len(colours)], _MARKERS[index % len(_MARKERS)][0]
             fig.add_scatter(
                 x=list(line.batches),
                 y=list(line.values),
@@ -178,7 +179,7 @@ def throughput(
                 name=line.name,
                 mode="lines+markers",
                 line={"color": colour, "width": 2},
-                marker={"size": 8, "symbol": index},
+                marker={"size": 8, "symbol": symbol},
                 error_y={
                     "type": "data",
                     "symmetric": False,
@@ -191,12 +192,13 @@ def throughput(
                 hovertemplate=f"{line.name}, batch %{{x}}: %{{y:.3g}} {unit}<extra></extra>",
             )
         low, high = _reach(lines)
-        for line, place in zip(lines, _spread(lines, low, high), strict=True):
+        for index, (line, place) in enumerate(zip(lines, _spread(lines, low, high), strict=True)):
+            colour, glyph = colours[index % len(colours)], _MARKERS[index % len(_MARKERS)][1]
             fig.add_annotation(
                 x=math.log10(line.batches[-1]),
                 y=place,
                 yref=axis,
-                text=line.name,
+                text=f'<span style="color:{colour}">{glyph}</span> {line.name}',
                 xanchor="left",
                 xshift=10,
                 showarrow=False,

@@ -120,7 +120,10 @@ def _losses(row: full_model_ablation.Row) -> str:
 
 
 def _times(row: full_model_ablation.Row) -> str:
-    return _on_one_line(f"{row.median_ms:.0f} ({row.low_ms:.0f} to {row.high_ms:.0f})") if row.timed else _NONE
+    if not row.timed:
+        return _NONE
+    median, low, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (row.median_ms, row.low_ms, row.high_ms))
+    return _on_one_line(f"{median} ({low} to {high})")
 
 
 def _on_one_line(words: str) -> str:
@@ -176,8 +179,8 @@ def _picture(found: full_model_ablation.Result, params: full_model_ablation.Para
     st.table(numbers(found), border="horizontal", hide_index=True)
     st.caption(
         "Losses in nats a token of text that is never learned. Milliseconds: median, and 10th to 90th percentile of "
-        "the steps that were timed, of fewer than ten the fastest to the slowest. Each row has the learning rate that "
-        "suits what learns in it."
+        "the steps that were timed, of fewer than ten the fastest to the slowest. The learning rate of a row follows "
+        "from what learns in it, not from the model's size."
     )
     st.caption(plain(learning_sentence(found)))
     if found.ended != "running":

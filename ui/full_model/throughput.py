@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.experiments import full_model_throughput
+from engine.experiments._full_model import SWITCHES
 from engine.experiments._full_model_recorded import recorded_throughput
 from ui import chart, controls, export, run, theme
 from ui.charts import full_model_runs as charts
@@ -54,7 +55,9 @@ def throughput(given: Settings) -> None:
     if started is not None:
         run.watch("full_model_throughput", started, partial(_draw, what), key=RUN, height=_HEIGHT)
     if recorded is not None:
-        heading(recorded, size_in_words(recorded.params), dashed=False)
+        on = ", ".join(label for name, label in SWITCHES.items() if getattr(recorded.params, name))
+        switched = f"Recorded with {on or 'nothing'} on, whatever is switched on here."
+        heading(recorded, f"{size_in_words(recorded.params)} {switched}", dashed=False)
         _picture(what, recorded.found, recorded.params, f"{OWN}_recorded")
 
 
