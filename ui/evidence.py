@@ -25,13 +25,13 @@ def evidence(measured: Mapping[str, Any] | Any) -> None:
 
 def line(facts: Mapping[str, Any]) -> str:
     """The evidence in a line, e.g. ``"median 1.24 ms (1.20 to 1.31) · 10 runs · Xeon Gold · float32"``."""
-    low, median, high = (_digits(facts[name], 3) for name in ("low_ms", "median_ms", "high_ms"))
+    low, median, high = (written(facts[name]) for name in ("low_ms", "median_ms", "high_ms"))
     return f"median {median} ms ({low} to {high}) · {facts['runs']} runs · {facts['device']} · {facts['dtype']}"
 
 
 def rows(facts: Mapping[str, Any]) -> dict[str, str]:
     """Everything known about the measurement, by name in words."""
-    low, median, high = (_digits(facts[name], 4) for name in ("low_ms", "median_ms", "high_ms"))
+    low, median, high = (written(facts[name], 4) for name in ("low_ms", "median_ms", "high_ms"))
     return {
         "median": f"{median} ms",
         "10th to 90th percentile": f"{low} to {high} ms",
@@ -44,7 +44,22 @@ def rows(facts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _digits(number: float, digits: int) -> str:
+class Timed(Protocol):
+    """A time and its spread, in milliseconds."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+def timing(point: Timed) -> str:
+    """What a hover says of a point, e.g. ``"1.24 ms, 1.2 to 1.31 in 10 runs"``."""
+    median, low, high = (written(number) for number in (point.median_ms, point.low_ms, point.high_ms))
+    return f"{median} ms, {low} to {high} in {point.runs} runs"
+
+
+def written(number: float, digits: int = 3) -> str:
     """That many digits, 3 or 4; all that stand before the point from a thousand on."""
     text = f"{number:.{digits}g}"
     return text if float(text) < 1000 else f"{number:,.0f}"

@@ -126,16 +126,17 @@ def test_evidence_in_a_line_and_in_full():
 
 
 @pytest.mark.parametrize(
-    ("times", "said"),
+    ("times", "said", "hovered"),
     [
-        ((0.0123, 0.01234, 0.2), "median 0.0123 ms (0.0123 to 0.2)"),
-        ((998.4, 999.6, 1374.2), "median 1,000 ms (998 to 1,374)"),
+        ((0.0123, 0.01234, 0.2), "median 0.0123 ms (0.0123 to 0.2)", "0.0123 ms, 0.0123 to 0.2 in 10 runs"),
+        ((998.4, 999.6, 1374.2), "median 1,000 ms (998 to 1,374)", "1,000 ms, 998 to 1,374 in 10 runs"),
     ],
 )
-def test_a_long_time_is_written_out(times, said):
+def test_a_long_time_is_written_out(times, said, hovered):
     facts = dict(zip(("low_ms", "median_ms", "high_ms"), times, strict=True))
     found = evidence.line(facts | {"runs": 10, "device": "Some CPU", "dtype": "float32"})
     assert found == f"{said} · 10 runs · Some CPU · float32"
+    assert evidence.timing(SimpleNamespace(**facts, runs=10)) == hovered
 
 
 def test_source_is_what_stands_in_the_file():

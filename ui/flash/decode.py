@@ -12,7 +12,7 @@ from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts import flash_tiles
 from ui.charts.flash import Panel, short
-from ui.evidence import provenance
+from ui.evidence import provenance, timing
 from ui.flash.missing import missing
 from ui.flash.points import inverse_spread, lines
 from ui.flash.recorded import decode_in_words, heading
@@ -88,7 +88,7 @@ def _share(point: flash_decode.Point) -> tuple[float, float, float]:
 def _hover(point: flash_decode.Point) -> str:
     return (
         f"<b>{point.label}</b>, {point.length:,} tokens in the cache, {bytes_in_words(point.cache_bytes)}<br>"
-        f"{point.median_ms:.3g} ms, {point.low_ms:.3g} to {point.high_ms:.3g} in {point.runs} runs<br>"
+        f"{timing(point)}<br>"
         f"{point.bandwidth / 1e9:.3g} GB/s, {point.bandwidth_share:.0%} of a large copy's speed"
     )
 

@@ -16,7 +16,7 @@ from engine.experiments._flash_recorded import Recorded, recorded_speed
 from ui import chart, export, run, theme
 from ui.charts import flash as charts
 from ui.charts.flash import MIB, End, Forecast, Panel
-from ui.evidence import provenance
+from ui.evidence import provenance, timing
 from ui.flash.missing import missing
 from ui.flash.points import inverse_spread, lines
 from ui.flash.recorded import heading, sweep_in_words
@@ -155,7 +155,7 @@ def hover(found: flash_speed.Result, point: flash_speed.Point) -> str:
     share = "" if point.peak_share is None else f", {point.peak_share:.0%} of the peak"
     words = [
         f"<b>{point.label}</b>, T = {point.length:,}, batch {point.batch}",
-        f"{point.median_ms:.3g} ms, {point.low_ms:.3g} to {point.high_ms:.3g} in {point.runs} runs",
+        timing(point),
         f"{rate}{share}",
         f"peak {bytes_in_words(point.peak_bytes)}, predicted {bytes_in_words(point.predicted_bytes)}",
     ]

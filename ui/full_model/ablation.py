@@ -12,7 +12,7 @@ from ui import chart, controls, export, run, theme
 from ui.charts import full_model_runs as charts
 from ui.charts.memory import amount
 from ui.controls import Look
-from ui.evidence import provenance
+from ui.evidence import provenance, written
 from ui.flash.recorded import heading
 from ui.full_model.recorded import size_in_words
 from ui.full_model.settings import KEPT, PREFIX, Settings
@@ -122,7 +122,7 @@ def _losses(row: full_model_ablation.Row) -> str:
 def _times(row: full_model_ablation.Row) -> str:
     if not row.timed:
         return _NONE
-    median, low, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (row.median_ms, row.low_ms, row.high_ms))
+    median, low, high = (written(number) for number in (row.median_ms, row.low_ms, row.high_ms))
     return _on_one_line(f"{median} ({low} to {high})")
 
 

@@ -13,7 +13,7 @@ from engine.experiments.router_cost import LABELS, Layer, Point, Size
 from ui import chart, export, run, theme
 from ui.charts import router_cost as charts
 from ui.charts.router_cost import Line
-from ui.evidence import provenance
+from ui.evidence import provenance, timing
 from ui.measure_button import measure_button
 from ui.prose import plain
 from ui.router.recorded import recorded
@@ -147,7 +147,7 @@ def hover(point: Point) -> str:
     """What is said of a measured point."""
     return (
         f"<b>{LABELS[point.layer]}</b>, {point.tokens:,} tokens, {point.experts} experts<br>"
-        f"{point.median_ms:.3g} ms, {point.low_ms:.3g} to {point.high_ms:.3g} in {point.runs} runs<br>"
+        f"{timing(point)}<br>"
         f"predicted {point.predicted_ms:.3g} ms · {point.tflops:.3g} TFLOP/s"
     )
 

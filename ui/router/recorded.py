@@ -13,7 +13,7 @@ from engine.experiments.router_cost import overlap
 from ui import chart, export, theme
 from ui.charts import router_cost as charts
 from ui.charts.router_cost import Bar
-from ui.evidence import provenance
+from ui.evidence import provenance, timing
 from ui.flash.recorded import heading
 from ui.prose import plain
 from ui.router.settings import PREFIX
@@ -88,7 +88,7 @@ def hover(label: str, way: Way) -> str:
     """What is said of a bar."""
     return (
         f"<b>{label}</b>, {way.load} load<br>{way.tflops:.0f} TFLOP/s<br>"
-        f"{way.median_ms:.3g} ms, {way.low_ms:.3g} to {way.high_ms:.3g} in {way.runs} runs<br>"
+        f"{timing(way)}<br>"
         f"{bytes_in_words(way.peak_bytes)} beyond weights and input"
     )
 
